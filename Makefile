@@ -1,0 +1,119 @@
+# Certificates, demo and tests. `make` lists what there is to make.
+
+OPENSSL = openssl
+PYTHON = python3
+NEWKEY = rsa:2048
+SERIAL = 1111
+CA_DAYS = 365
+DAYS = 30
+PORT = 6420
+
+ORGANIZATION = /C=NZ/ST=Waikato/L=Hamilton/O=MegaCorp Inc
+CA_SUBJECT = $(ORGANIZATION)/OU=Trust Me/CN=example.com/emailAddress=postmaster@example.com
+CLIENT_SUBJECT = $(ORGANIZATION)/OU=Client/CN=$(CN)
+SERVER_SUBJECT = $(ORGANIZATION)/OU=Server/CN=$(CN)
+
+.PHONY: help certs alt-certs server-cert client-cert check-name renew demo test clean
+.DELETE_ON_ERROR:
+# Two `openssl ca` at once would take the same serial number.
+.NOTPARALLEL:
+
+help:
+	@echo 'make certs                          a CA, and the certificates of a server and a client'
+	@echo 'make alt-certs                      a second CA, which signs the same requests'
+	@echo 'make server-cert NAME=db1.internal  the certificate of another server'
+	@echo 'make client-cert NAME=laptop7       the certificate of another client'
+	@echo 'make renew                          new certificates for the same keys'
+	@echo 'make demo                           watch a server and a client talk (PORT=$(PORT))'
+	@echo 'make test                           run the tests'
+	@echo 'make clean                          remove everything made'
+
+certs: auth/test-ca/test-ca.cert auth/client.key auth/client.req auth/client.crt \
+    auth/server.key auth/server.req auth/server.crt
+alt-certs: auth/alt-client.crt auth/alt-server.crt
+
+# A CA: its records, its key, and the certificate that it gives itself.
+# (Where every target has a %, one run makes them all.)
+%-ca.key %-ca.cert:
+	mkdir -p $(@D)/new_certs
+	: > $(@D)/index.txt
+	echo $(SERIAL) > $(@D)/serial
+	umask 077 && $(OPENSSL) req -config auth/test-ca.conf -new -x509 -extensions ca_cert \
+	    -subj "$(CA_SUBJECT)" \
+	    -newkey $(NEWKEY) -nodes -days $(CA_DAYS) -keyout $*-ca.key -out $*-ca.cert
+	chmod a+r $*-ca.cert
+
+# A key, and the request for its certificate.
+auth/%.key auth/%.req:
+	umask 077 && $(OPENSSL) req -config auth/test-ca.conf -new \
+	    -subj "$(SUBJECT)" \
+	    -newkey $(NEWKEY) -nodes -keyout auth/$*.key -out auth/$*.req
+
+# A certificate: the request, signed by a CA, which says what it is good for.
+auth/%.crt: auth/%.req auth/test-ca/test-ca.cert
+	$(SIGN)
+auth/alt-client.crt auth/alt-server.crt: auth/alt-%.crt: auth/%.req auth/alt-ca/alt-ca.cert
+	$(SIGN)
+
+SIGN = CA=$(CA) SAN="$(SAN)" $(OPENSSL) ca -config auth/test-ca.conf -batch -extensions $(EXTENSIONS) \
+	    -cert auth/$(CA)/$(CA).cert -keyfile auth/$(CA)/$(CA).key \
+	    -in $< -days $(DAYS) -out $@
+CA = test-ca
+auth/alt-%.crt: CA = alt-ca
+
+# What a certificate says depends on whose it is: a name, DNS or IP, unless it is one of the pair's.
+CN = $*
+SAN = $(shell case '$*' in (*:*) echo IP;; (*[!0-9.]*) echo DNS;; (*) echo IP;; esac):$*
+auth/client.% auth/server.%: CN = example.com
+auth/client.% auth/alt-client.%: SAN = DNS:example.com
+auth/server.% auth/alt-server.%: SAN = DNS:example.com, DNS:localhost, IP:127.0.0.1
+auth/client.% auth/alt-client.% client-cert: SUBJECT = $(CLIENT_SUBJECT)
+auth/client.% auth/alt-client.% client-cert: EXTENSIONS = client_cert
+auth/server.% auth/alt-server.% server-cert: SUBJECT = $(SERVER_SUBJECT)
+auth/server.% auth/alt-server.% server-cert: EXTENSIONS = server_cert
+
+FILE = auth/$(subst :,\:,$(NAME))
+server-cert client-cert: check-name $(FILE).key $(FILE).req $(FILE).crt
+	$(OPENSSL) verify -x509_strict -purpose ssl$(@:-cert=) -CAfile auth/test-ca/test-ca.cert 'auth/$(NAME).crt'
+	@echo 'For $(NAME): auth/$(NAME).crt, auth/$(NAME).key and auth/test-ca/test-ca.cert'
+check-name: export NAME := $(NAME)
+check-name:
+	@case "$$NAME" in \
+	'' | [-.:]* | *[!A-Za-z0-9.:_-]*) echo 'say whose: NAME=db1.internal, or NAME=192.0.2.7'; exit 1;; \
+	client | server | alt-*) echo "NAME=$$NAME is taken: choose another"; exit 1;; \
+	esac
+
+# -W makes the request look new. The keys are not needed: they may be on their machines.
+renew:
+	@ls auth/*.crt > /dev/null
+	@for crt in auth/*.crt; do \
+	    name=$${crt#auth/}; name=$${name%.crt}; \
+	    case $$name in \
+	    client | alt-client) role=client;; \
+	    server | alt-server) role=server;; \
+	    *) $(OPENSSL) x509 -in "$$crt" -noout -purpose | grep -q 'SSL server : Yes' && role=server || role=client;; \
+	    esac; \
+	    $(MAKE) -W "auth/$${name#alt-}.req" EXTENSIONS=$${role}_cert "$$crt" || exit; \
+	done
+
+# The server's log comes through a pipe: its first line says where it listens, or why not.
+demo: certs
+	@rm -f auth/demo; mkfifo auth/demo; trap 'rm -f auth/demo' EXIT; \
+	./server_try --port $(PORT) auth/test-ca/test-ca.cert auth/server.crt auth/server.key 2> auth/demo & \
+	server=$$!; \
+	{ \
+	    read -r line; echo "server: $$line"; \
+	    case $$line in 'listening on '*) ;; *) echo 'make demo PORT=0 takes any free port'; exit 1;; esac; \
+	    client=$$(./client_try --port "$${line##*:}" \
+	        auth/test-ca/test-ca.cert auth/client.crt auth/client.key 2>&1); status=$$?; \
+	    echo "$$client" | sed 's/^/client: /'; \
+	    kill $$server; sed 's/^/server: /'; \
+	} < auth/demo; \
+	wait $$server && exit $$status
+
+test:
+	$(PYTHON) -m unittest discover -s tests
+
+clean:
+	rm -rf auth/test-ca auth/alt-ca
+	rm -f auth/demo auth/*.key auth/*.req auth/*.crt
