@@ -1,0 +1,193 @@
+"""What the tests share: certificates from the real Makefile, and the real scripts as processes."""
+
+import atexit
+import contextlib
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PATIENCE = 60  # seconds that anything may take on a loaded machine before a test calls it stuck
+
+CA = "auth/test-ca/test-ca.cert"
+SERVER = ("auth/server.crt", "auth/server.key")
+CLIENT = ("auth/client.crt", "auth/client.key")
+
+
+def copy_project(folder):
+    """Copy to a new folder what a clone has, and return its name."""
+    for name in ("auth", "tests"):
+        os.makedirs(os.path.join(folder, name))
+    for name in ("server_try", "client_try", "Makefile", "README.md", "auth/test-ca.conf"):
+        shutil.copy2(os.path.join(ROOT, name), os.path.join(folder, name))
+    return folder
+
+
+def make(folder, *arguments, status=0):
+    """Run make in a folder; return what it printed, after a check of its exit status."""
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(["make", *arguments], cwd=folder, env=env, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=PATIENCE)
+    if done.returncode != status:
+        raise AssertionError(f"make {arguments} ended with {done.returncode}:\n{done.stdout}")
+    return done.stdout
+
+
+def temporary_folder():
+    """Return a new folder that goes when the tests end."""
+    folder = tempfile.mkdtemp(prefix="server_try-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+class Project:
+    """One copy of the project with both CAs' certificates, made when it is first asked for."""
+
+    folder = None
+
+    @classmethod
+    def get(cls):
+        if cls.folder is None:
+            folder = copy_project(os.path.join(temporary_folder(), "a path with spaces"))
+            make(folder, "-j8", "certs", "alt-certs")
+            cls.folder = folder
+        return cls.folder
+
+
+class Process:
+    """A process whose standard error is read line by line as it comes."""
+
+    def __init__(self, *arguments, folder=None, **options):
+        self.lines = []
+        self.news = threading.Condition()
+        self.process = subprocess.Popen(arguments, cwd=folder or Project.get(), stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        self.reader = threading.Thread(target=self.read)
+        self.reader.start()
+
+    def read(self):
+        for line in self.process.stderr:
+            with self.news:
+                self.lines.append(line.decode("utf-8", "backslashreplace").rstrip("\n"))
+                self.news.notify_all()
+        with self.news:
+            self.lines.append("")  # the end
+            self.news.notify_all()
+
+    def log(self):
+        return "\n".join(self.lines)
+
+    def wait_for(self, pattern, seconds=PATIENCE):
+        """Wait until a line matches; return the match."""
+        deadline = time.monotonic() + seconds
+        seen = 0
+        with self.news:
+            while True:
+                for line in self.lines[seen:]:
+                    match = re.search(pattern, line)
+                    if match:
+                        return match
+                    seen += 1
+                left = deadline - time.monotonic()
+                if left <= 0 or (self.lines and self.lines[-1] == ""):
+                    raise AssertionError(f"no line like {pattern!r} in:\n{self.log()}")
+                self.news.wait(left)
+
+    def end(self, seconds=PATIENCE):
+        """Wait for the end of the process; return its exit status."""
+        status = self.process.wait(seconds)
+        self.reader.join(seconds)
+        return status
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        self.reader.join()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
+class Server(Process):
+    """server_try on a free port, listening."""
+
+    def __init__(self, *arguments, files=(CA, *SERVER), **options):
+        super().__init__(sys.executable, os.path.join(ROOT, "server_try"), "--port", "0", *arguments, *files, **options)
+        try:
+            self.port = int(self.wait_for(r"^listening on .*:(\d+)$").group(1))
+        except AssertionError:
+            self.__exit__()
+            raise
+
+    def stop(self, number=15):
+        self.process.send_signal(number)
+        return self.end()
+
+
+def client_command(port, *arguments, files=(CA, *CLIENT)):
+    return [sys.executable, os.path.join(ROOT, "client_try"), "--port", str(port), *arguments, *files]
+
+
+def client(port, *arguments, files=(CA, *CLIENT), **options):
+    """Run client_try to its end; return its status, standard output and standard error."""
+    return run(*client_command(port, *arguments, files=files), **options)
+
+
+def run(*command, folder=None, **options):
+    """Run a command to its end; return its status, standard output and standard error."""
+    options.setdefault("stdin", subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=folder or Project.get(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          timeout=PATIENCE, **options)
+    return done.returncode, done.stdout.decode(), done.stderr.decode("utf-8", "backslashreplace")
+
+
+def tls_client(certificate=CLIENT, ca=CA):
+    """Return a client's context of the ssl module, with its verification on."""
+    folder = Project.get()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(os.path.join(folder, ca))
+    if certificate:
+        context.load_cert_chain(*(os.path.join(folder, name) for name in certificate))
+    return context
+
+
+@contextlib.contextmanager
+def connection(port, context=None):
+    """An authenticated connection to server_try as client_try would have it, without client_try."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as raw:
+        with (context or tls_client()).wrap_socket(raw, server_hostname="example.com") as tls:
+            yield tls
+
+
+def receive_all(tls):
+    """Read to the end of a connection; a reset fails the test."""
+    parts = []
+    while True:
+        part = tls.recv(65536)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+
+
+class TestCase(unittest.TestCase):
+    """Shows long texts whole, and has the assertion that most tests need."""
+
+    maxDiff = None
+
+    def assertOneLine(self, text, *wanted):
+        """One line, which holds all that is wanted and no traceback."""
+        self.assertEqual(text.count("\n"), 1, text)
+        for part in wanted:
+            self.assertIn(part, text)
+        self.assertNotIn("Traceback", text)
+        self.assertNotRegex(text, r"_ssl\.c|Errno")

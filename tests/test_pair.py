@@ -1,0 +1,236 @@
+"""The pair as its users run it: who is let in, who is turned away, and who is told what."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import tempfile
+import unittest
+
+from support import (CA, CLIENT, ROOT, SERVER, Process, Project, Server, TestCase, client, client_command,
+                     connection, run, tls_client)
+
+ALT_CA = "auth/alt-ca/alt-ca.cert"
+ALT_SERVER = ("auth/alt-server.crt", SERVER[1])
+ALT_CLIENT = ("auth/alt-client.crt", CLIENT[1])
+IDENTITY = r"C=NZ, ST=Waikato, L=Hamilton, O=MegaCorp Inc, OU=%s, CN=example.com \(serial \w+\), TLSv1.3, TLS_\w+$"
+
+
+class Exchange(TestCase):
+    """Both certificates are right."""
+
+    def test_both_ends_say_who_the_other_is(self):
+        with Server() as server:
+            status, output, errors = client(server.port)
+            self.assertEqual((status, output), (0, "42\n"), errors)
+            self.assertRegex(errors.splitlines()[0], r"^connected to 127.0.0.1:\d+: " + IDENTITY % "Server")
+            self.assertEqual(errors.splitlines()[1:], ["sent 41"])
+            server.wait_for(r"^127.0.0.1:\d+: accepted " + IDENTITY % "Client")
+            server.wait_for(r"^127.0.0.1:\d+: answered 1, done$")
+            self.assertEqual(server.lines[0], f"listening on 127.0.0.1:{server.port}")
+
+    def test_numbers_go_over_one_connection_in_order(self):
+        big = "9" * 4000
+        with Server() as server:
+            status, output, errors = client(server.port, "-n", "0", "--number", "-1", "-n", "-43", "-n", "+5", "-n", big)
+            self.assertEqual((status, output.split()), (0, ["1", "0", "-42", "6", "1" + "0" * 4000]), errors)
+            server.wait_for("answered 5, done")
+
+    def test_server_goes_on_and_a_silent_client_holds_nobody_up(self):
+        with Server() as server:
+            silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
+            with connection(server.port):
+                for _ in range(3):
+                    self.assertEqual(client(server.port)[1], "42\n")
+            for one in silent:
+                one.close()
+
+    def test_addresses(self):
+        with Server("--host", "localhost") as server:
+            self.assertEqual(client(server.port, "--host", "localhost")[1], "42\n")
+            self.assertEqual(client(server.port, "--host", "127.0.0.1")[1], "42\n")
+
+    @unittest.skipUnless(socket.has_ipv6 and os.path.exists("/proc/net/if_inet6"), "no IPv6 on this machine")
+    def test_ipv6_address_is_shown_in_brackets(self):
+        with Server("--host", "::1") as server:
+            self.assertEqual(server.lines[0], f"listening on [::1]:{server.port}")
+            status, output, errors = client(server.port, "--host", "::1", "--server-name", "localhost")
+            self.assertEqual((status, output), (0, "42\n"), errors)
+            self.assertIn("connected to [::1]:", errors)
+            status, output, errors = client(server.port, "--host", "::1")
+            self.assertIn("not valid for '::1'", errors)
+
+    def test_key_log_opens_the_handshake_to_wireshark(self):
+        log = os.path.join(Project.get(), "keys.log")
+        with Server() as server:
+            client(server.port, env={**os.environ, "SSLKEYLOGFILE": log})
+        with open(log) as lines:
+            labels = {line.split()[0] for line in lines if not line.startswith("#")}
+        self.assertEqual(os.stat(log).st_mode & 0o777, 0o600)
+        self.assertLessEqual({"CLIENT_HANDSHAKE_TRAFFIC_SECRET", "SERVER_HANDSHAKE_TRAFFIC_SECRET",
+                              "CLIENT_TRAFFIC_SECRET_0", "SERVER_TRAFFIC_SECRET_0"}, labels)
+
+    def test_no_session_ticket_is_sent(self):
+        with Server() as server, connection(server.port) as tls:
+            tls.sendall(b"1\n")
+            self.assertEqual(tls.recv(10), b"2\n")
+            self.assertFalse(tls.session.has_ticket)
+
+    def test_stops_with_status_0(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with Server() as server, connection(server.port):
+                self.assertEqual(server.stop(number), 0)
+                self.assertNotIn("Traceback", server.log())
+
+
+class Refusals(TestCase):
+    """One certificate is not right: both ends say so, why, and who turned whom away."""
+
+    def refused(self, server_files, client_files, *options, client_says, server_says):
+        with Server(files=server_files) as server:
+            status, output, errors = client(server.port, *options, files=client_files)
+            self.assertEqual((status, output), (1, ""), errors)
+            self.assertRegex(errors.splitlines()[-1], r"^client_try: 127.0.0.1:\d+: " + client_says)
+            server.wait_for(r"^127.0.0.1:\d+: " + server_says)
+            self.assertNotRegex(errors + server.log(), r"Traceback|_ssl\.c")
+
+    def test_client_without_certificate(self):
+        self.refused((CA, *SERVER), (CA,), client_says="turned us away: certificate required$",
+                     server_says="turned away: peer did not return a certificate$")
+
+    def test_server_without_certificate(self):
+        # OpenSSL finds that without a certificate it cannot speak TLS 1.3, and puts it like this.
+        self.refused((CA,), (CA, *CLIENT), client_says="turned us away: protocol version$",
+                     server_says="turned away: unsupported protocol$")
+
+    def test_second_ca_at_the_client(self):
+        self.refused((CA, *SERVER), (ALT_CA, *ALT_CLIENT), client_says="turned away: certificate verify failed: ",
+                     server_says="turned us away: (unknown ca|decrypt error|bad certificate)$")
+
+    def test_second_ca_at_the_server(self):
+        self.refused((ALT_CA, *ALT_SERVER), (CA, *CLIENT), client_says="turned away: certificate verify failed: ",
+                     server_says="turned us away: (unknown ca|decrypt error|bad certificate)$")
+
+    def test_second_ca_vouches_for_the_client_alone(self):
+        self.refused((CA, *SERVER), (CA, *ALT_CLIENT), client_says="turned us away: (unknown ca|decrypt error)$",
+                     server_says="turned away: certificate verify failed: ")
+
+    def test_second_ca_at_both(self):
+        with Server(files=(ALT_CA, *ALT_SERVER)) as server:
+            self.assertEqual(client(server.port, files=(ALT_CA, *ALT_CLIENT))[:2], (0, "42\n"))
+
+    def test_client_certificate_cannot_play_server(self):
+        self.refused((CA, *CLIENT), (CA, *CLIENT), server_says="turned us away: unsupported certificate$",
+                     client_says="turned away: certificate verify failed: unsuitable certificate purpose$")
+
+    def test_server_certificate_cannot_play_client(self):
+        self.refused((CA, *SERVER), (CA, *SERVER), client_says="turned us away: unsupported certificate$",
+                     server_says="turned away: certificate verify failed: unsuitable certificate purpose$")
+
+    def test_another_name(self):
+        self.refused((CA, *SERVER), (CA, *CLIENT), "--server-name", "example.org",
+                     client_says="turned away: certificate verify failed: Hostname mismatch, "
+                     "certificate is not valid for 'example.org'.$", server_says="turned us away: bad certificate$")
+
+    def test_tls_1_2(self):
+        context = tls_client()
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        with Server() as server:
+            with self.assertRaisesRegex(ssl.SSLError, "protocol version"):
+                with connection(server.port, context):
+                    pass
+            server.wait_for("turned away: unsupported protocol")
+
+    def test_server_of_tls_1_2(self):
+        port, context = 0, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(*(os.path.join(Project.get(), name) for name in SERVER))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            with Process(*client_command(port)) as process:
+                raw, _ = listener.accept()
+                with raw, self.assertRaises(ssl.SSLError):
+                    context.wrap_socket(raw, server_side=True)
+                self.assertEqual(process.end(), 1)
+                self.assertIn("protocol version", process.log())
+
+
+class HandMade(TestCase):
+    """The exercise's own commands, and its own command lines."""
+
+    CONFIG = """
+        [ca]
+        default_ca = CA_default
+        [CA_default]
+        dir = auth/test-ca
+        database = $dir/index.txt
+        new_certs_dir = $dir/new_certs
+        serial = $dir/serial
+        default_days = 30
+        default_md = default
+        policy = policy_match
+        [policy_match]
+        commonName = supplied
+        countryName = optional
+        stateOrProvinceName = optional
+        localityName = optional
+        organizationName = optional
+        organizationalUnitName = optional
+        emailAddress = optional
+        """
+
+    COMMANDS = """
+        set -e
+        mkdir -p auth/test-ca auth/test-ca/new_certs
+        touch auth/test-ca/index.txt
+        echo 1111 >auth/test-ca/serial
+        name="/C=NZ/ST=Waikato/L=Hamilton/O=MegaCorp Inc"
+        openssl req -new -x509 -subj "$name/OU=Trust Me/CN=example.com/emailAddress=postmaster@example.com" \\
+            -newkey rsa:2048 -nodes -days 365 -keyout auth/test-ca/test-ca.key -out auth/test-ca/test-ca.cert
+        for end in client server; do
+            openssl req -new -subj "$name/OU=$end/CN=example.com" \\
+                -newkey rsa:2048 -nodes -keyout auth/$end.key -out auth/$end.req
+            openssl ca -batch -config auth/test-ca.conf \\
+                -cert auth/test-ca/test-ca.cert -keyfile auth/test-ca/test-ca.key \\
+                -in auth/$end.req -days 30 -out auth/$end.crt
+        done
+        """
+
+    def test_exercise(self):
+        for config in (self.CONFIG, None):
+            with self.subTest("with the exercise's configuration" if config else "with ours"):
+                with tempfile.TemporaryDirectory() as folder:
+                    os.mkdir(os.path.join(folder, "auth"))
+                    shutil.copy(os.path.join(ROOT, "auth/test-ca.conf"), os.path.join(folder, "auth"))
+                    if config:
+                        with open(os.path.join(folder, "auth/test-ca.conf"), "w") as file:
+                            file.write(config)
+                    status, _, errors = run("sh", "-c", self.COMMANDS, folder=folder)
+                    self.assertEqual(status, 0, errors)
+                    with Server(folder=folder) as server:
+                        status, output, errors = client(server.port, folder=folder)
+                        self.assertEqual((status, output), (0, "42\n"), errors)
+                        server.wait_for(r"OU=client.*serial 1111\)")
+
+
+class Helpers(TestCase):
+    """What stands in both scripts is one text."""
+
+    def test_copies_are_equal(self):
+        functions = {}
+        for script in ("server_try", "client_try"):
+            with open(os.path.join(ROOT, script)) as file:
+                text = file.read()
+            for function in re.findall(r"^def .*?(?=^\S|\Z)", text, re.M | re.S):
+                functions.setdefault(function.split("(")[0], []).append((script, function.strip()))
+        shared = {name: copies for name, copies in functions.items() if len(copies) > 1 and name not in
+                  ("def main", "def parse_arguments")}
+        self.assertIn("def make_context", shared)
+        for name, ((_, first), (_, second)) in shared.items():
+            self.assertEqual(first, second, name)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,83 @@
+"""What may be asked, what may not, and what becomes of those who ask it."""
+
+import contextlib
+import socket
+import time
+
+from support import PATIENCE, Server, TestCase, client, connection, receive_all
+
+
+class Requests(TestCase):
+    def setUp(self):
+        self.server = Server()
+        self.addCleanup(self.server.__exit__)
+
+    def ask(self, data):
+        """Send bytes to the server, and return all that it answers before it closes properly."""
+        with connection(self.server.port) as tls:
+            tls.sendall(data)
+            return receive_all(tls)
+
+    def test_good_ones(self):
+        digits = b"8" * 4095
+        with connection(self.server.port) as tls:
+            for request, reply in [(b"41\n", b"42\n"), (b"0\n", b"1\n"), (b"-1\n", b"0\n"), (b"-0\n", b"1\n"),
+                                   (b"+7\r\n", b"8\n"), (b"007\n", b"8\n"), (b"-" + b"9" * 4000 + b"\n", b"-" + b"9" * 3999 + b"8\n"),
+                                   (digits + b"\n", digits[:-1] + b"9\n"), (b"1\n2\n3\n", b"2\n3\n4\n")]:
+                tls.sendall(request)
+                got = b""
+                while len(got) < len(reply):
+                    part = tls.recv(65536)
+                    self.assertTrue(part)
+                    got += part
+                self.assertEqual(got, reply)
+
+    def test_many_at_once(self):
+        with connection(self.server.port) as tls:
+            tls.sendall(b"".join(b"%d\n" % number for number in range(20000)) + b"no more\n")
+            *replies, error = receive_all(tls).splitlines()
+            self.assertEqual(replies, [b"%d" % (number + 1) for number in range(20000)])
+            self.assertRegex(error, rb"^error: ")
+
+    def test_byte_by_byte(self):
+        with connection(self.server.port) as tls:
+            for byte in b"-123456\n":
+                tls.sendall(bytes([byte]))
+            self.assertEqual(tls.recv(100), b"-123455\n")
+
+    def test_bad_ones_are_told_so_and_sent_away(self):
+        for request in [b"forty-one", b"", b" ", b" 41", b"41 ", b"4 1", b"1_000", b"4.0", b"1e3", b"0x10", b"--1", b"+-1", b"-", b"+",
+                        "٤١".encode(), "４１".encode(), b"4\x001", b"\x00", b"\xff\xfe", b"\x1b[31m41", b"41\r\r", b"\r", b"41\x0b", b"9" * 4096]:
+            with self.subTest(request[:20]):
+                reply = self.ask(b"1\n" + request + b"\n" + b"2\n" * 1000)
+                self.assertRegex(reply, rb"\A2\nerror: [ -~]+\n\Z")
+                line = self.server.wait_for("answered 1, turned away: ").string
+                self.assertNotRegex(line, r"[^ -~]")
+                self.server.lines.clear()
+        self.assertEqual(client(self.server.port)[1], "42\n")
+
+    def test_line_too_long_is_told_before_it_ends(self):
+        self.assertEqual(self.ask(b"9" * 5000), b"error: request longer than 4096 bytes\n")
+        self.assertEqual(self.ask(b"9" * 500000), b"error: request longer than 4096 bytes\n")
+
+    def test_line_never_finished_however_it_drips(self):
+        begun = time.monotonic()
+        with connection(self.server.port) as one, connection(self.server.port) as two, connection(self.server.port) as drip:
+            one.sendall(b"4")
+            two.sendall(b"1\n4")
+            drip.settimeout(0.5)
+            reply = b""
+            while not reply and time.monotonic() - begun < PATIENCE:
+                drip.sendall(b"4")
+                with contextlib.suppress(socket.timeout):
+                    reply = drip.recv(100)
+            self.assertEqual(reply, b"error: request not finished within 10 s\n")
+            self.assertEqual(receive_all(one), b"error: request not finished within 10 s\n")
+            self.assertEqual(receive_all(two), b"2\nerror: request not finished within 10 s\n")
+        self.assertGreater(time.monotonic() - begun, 9.5)
+
+    def test_closed_in_the_middle_of_a_line(self):
+        with connection(self.server.port) as tls:
+            tls.sendall(b"1\n4")
+            socket.socket.shutdown(tls, socket.SHUT_WR)
+            self.assertEqual(receive_all(tls), b"2\nerror: request without a newline\n")
