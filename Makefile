@@ -6,6 +6,7 @@ NEWKEY = rsa:2048
 SERIAL = 1111
 CA_DAYS = 365
 DAYS = 30
+CRL_DAYS = 30
 PORT = 6420
 
 ORGANIZATION = /C=NZ/ST=Waikato/L=Hamilton/O=MegaCorp Inc
@@ -13,7 +14,7 @@ CA_SUBJECT = $(ORGANIZATION)/OU=Trust Me/CN=example.com/emailAddress=postmaster@
 CLIENT_SUBJECT = $(ORGANIZATION)/OU=Client/CN=$(CN)
 SERVER_SUBJECT = $(ORGANIZATION)/OU=Server/CN=$(CN)
 
-.PHONY: help certs alt-certs server-cert client-cert check-name renew demo test clean
+.PHONY: FORCE help certs alt-certs odd-certs server-cert client-cert check-name renew revoke crl demo test clean
 .DELETE_ON_ERROR:
 # Two `openssl ca` at once would take the same serial number.
 .NOTPARALLEL:
@@ -23,7 +24,10 @@ help:
 	@echo 'make alt-certs                      a second CA, which signs the same requests'
 	@echo 'make server-cert NAME=db1.internal  the certificate of another server'
 	@echo 'make client-cert NAME=laptop7       the certificate of another client'
+	@echo 'make odd-certs                      expired, not yet valid, self-signed: to be turned away'
 	@echo 'make renew                          new certificates for the same keys'
+	@echo 'make revoke NAME=laptop7            no more trust in its certificates, and a new CRL'
+	@echo 'make crl                            a new CRL, before the old one expires'
 	@echo 'make demo                           watch a server and a client talk (PORT=$(PORT))'
 	@echo 'make test                           run the tests'
 	@echo 'make clean                          remove everything made'
@@ -57,20 +61,34 @@ auth/alt-client.crt auth/alt-server.crt: auth/alt-%.crt: auth/%.req auth/alt-ca/
 
 SIGN = CA=$(CA) SAN="$(SAN)" $(OPENSSL) ca -config auth/test-ca.conf -batch -extensions $(EXTENSIONS) \
 	    -cert auth/$(CA)/$(CA).cert -keyfile auth/$(CA)/$(CA).key \
-	    -in $< -days $(DAYS) -out $@
+	    -in $< $(DATES) -out $@
 CA = test-ca
+DATES = -days $(DAYS)
 auth/alt-%.crt: CA = alt-ca
+
+# Certificates that must not get anybody in: for the README's experiments.
+odd-certs: auth/expired-client.crt auth/expired-server.crt auth/future-client.crt auth/future-server.crt \
+    auth/self-signed.crt
+auth/expired-client.crt auth/expired-server.crt: auth/expired-%.crt: auth/%.req auth/test-ca/test-ca.cert
+	$(SIGN)
+auth/future-client.crt auth/future-server.crt: auth/future-%.crt: auth/%.req auth/test-ca/test-ca.cert
+	$(SIGN)
+auth/expired-%.crt: DATES = -startdate 20200101000000Z -enddate 20200131000000Z
+auth/future-%.crt: DATES = -startdate 20480101000000Z -enddate 20480131000000Z
+auth/self-signed.crt: auth/client.key
+	$(OPENSSL) req -config auth/test-ca.conf -new -x509 -extensions client_cert -days $(DAYS) \
+	    -subj "$(CLIENT_SUBJECT)" -key $< -out $@
 
 # What a certificate says depends on whose it is: a name, DNS or IP, unless it is one of the pair's.
 CN = $*
 SAN = $(shell case '$*' in (*:*) echo IP;; (*[!0-9.]*) echo DNS;; (*) echo IP;; esac):$*
-auth/client.% auth/server.%: CN = example.com
-auth/client.% auth/alt-client.%: SAN = DNS:example.com
-auth/server.% auth/alt-server.%: SAN = DNS:example.com, DNS:localhost, IP:127.0.0.1
-auth/client.% auth/alt-client.% client-cert: SUBJECT = $(CLIENT_SUBJECT)
-auth/client.% auth/alt-client.% client-cert: EXTENSIONS = client_cert
-auth/server.% auth/alt-server.% server-cert: SUBJECT = $(SERVER_SUBJECT)
-auth/server.% auth/alt-server.% server-cert: EXTENSIONS = server_cert
+auth/client.% auth/server.% auth/self-signed.crt: CN = example.com
+auth/client.% auth/%-client.crt: SAN = DNS:example.com
+auth/server.% auth/%-server.crt: SAN = DNS:example.com, DNS:localhost, IP:127.0.0.1
+auth/client.% auth/self-signed.crt client-cert: SUBJECT = $(CLIENT_SUBJECT)
+auth/client.% auth/%-client.crt client-cert: EXTENSIONS = client_cert
+auth/server.% server-cert: SUBJECT = $(SERVER_SUBJECT)
+auth/server.% auth/%-server.crt server-cert: EXTENSIONS = server_cert
 
 FILE = auth/$(subst :,\:,$(NAME))
 server-cert client-cert: check-name $(FILE).key $(FILE).req $(FILE).crt
@@ -80,7 +98,7 @@ check-name: export NAME := $(NAME)
 check-name:
 	@case "$$NAME" in \
 	'' | [-.:]* | *[!A-Za-z0-9.:_-]*) echo 'say whose: NAME=db1.internal, or NAME=192.0.2.7'; exit 1;; \
-	client | server | alt-*) echo "NAME=$$NAME is taken: choose another"; exit 1;; \
+	client | server | *-client | *-server | self-signed | alt-*) test '$(MAKECMDGOALS)' = revoke && exit; echo "NAME=$$NAME is taken: choose another"; exit 1;; \
 	esac
 
 # -W makes the request look new. The keys are not needed: they may be on their machines.
@@ -89,12 +107,29 @@ renew:
 	@for crt in auth/*.crt; do \
 	    name=$${crt#auth/}; name=$${name%.crt}; \
 	    case $$name in \
-	    client | alt-client) role=client;; \
-	    server | alt-server) role=server;; \
+	    client | *-client) role=client;; \
+	    server | *-server) role=server;; \
 	    *) $(OPENSSL) x509 -in "$$crt" -noout -purpose | grep -q 'SSL server : Yes' && role=server || role=client;; \
 	    esac; \
+	    test -f "auth/$${name#alt-}.req" || { echo "$$crt: no request, not renewed"; continue; }; \
 	    $(MAKE) -W "auth/$${name#alt-}.req" EXTENSIONS=$${role}_cert "$$crt" || exit; \
 	done
+
+# All that was ever issued to that subject: an older certificate serves a thief as well. Without
+# its request `make renew` passes it over, and a new certificate will be for a new key.
+revoke: check-name
+	@subject=$$($(OPENSSL) x509 -noout -subject -nameopt compat -in 'auth/$(NAME).crt') || exit; \
+	awk -F '\t' -v subject="$${subject#subject=}" '$$1 == "V" && $$6 == subject {print $$4}' auth/test-ca/index.txt \
+	| while read -r serial; do \
+	    set -x; $(CA_COMMAND) -revoke "auth/test-ca/new_certs/$$serial.pem" || exit; { set +x; } 2> /dev/null; \
+	done
+	rm -f 'auth/$(NAME).req'
+	@$(MAKE) crl
+crl: auth/test-ca/test-ca.crl
+auth/test-ca/test-ca.crl: FORCE
+	$(CA_COMMAND) -gencrl -crldays $(CRL_DAYS) -out $@
+FORCE:
+CA_COMMAND = $(OPENSSL) ca -config auth/test-ca.conf -cert auth/test-ca/test-ca.cert -keyfile auth/test-ca/test-ca.key
 
 # The server's log comes through a pipe: its first line says where it listens, or why not.
 demo: certs

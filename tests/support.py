@@ -4,9 +4,11 @@ import atexit
 import contextlib
 import os
 import re
+import select
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import tempfile
@@ -57,7 +59,7 @@ class Project:
     def get(cls):
         if cls.folder is None:
             folder = copy_project(os.path.join(temporary_folder(), "a path with spaces"))
-            make(folder, "-j8", "certs", "alt-certs")
+            make(folder, "-j8", "certs", "alt-certs", "odd-certs")
             cls.folder = folder
         return cls.folder
 
@@ -165,6 +167,7 @@ def tls_client(certificate=CLIENT, ca=CA):
 def connection(port, context=None):
     """An authenticated connection to server_try as client_try would have it, without client_try."""
     with socket.create_connection(("127.0.0.1", port), PATIENCE) as raw:
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with (context or tls_client()).wrap_socket(raw, server_hostname="example.com") as tls:
             yield tls
 
@@ -177,6 +180,54 @@ def receive_all(tls):
         if not part:
             return b"".join(parts)
         parts.append(part)
+
+
+class Relay:
+    """Passes connections on to a port, except for what a function of the server's bytes makes of them.
+
+    treat(data, passed, client) gets bytes from the server, how many came before, and the client's
+    socket; it returns what to pass on, or raises ConnectionError to cut the connection.
+    """
+
+    def __init__(self, port, treat):
+        self.target, self.treat = port, treat
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                server = socket.create_connection(("127.0.0.1", self.target))
+                threading.Thread(target=self.relay, args=(client, server), daemon=True).start()
+
+    def relay(self, client, server):
+        passed = 0
+        sources = {client: server, server: client}
+        with client, server, contextlib.suppress(OSError):
+            while sources:
+                for source in select.select(list(sources), [], [])[0]:
+                    data = source.recv(65536)
+                    if not data:
+                        sources.pop(source).shutdown(socket.SHUT_WR)
+                    elif source is client:
+                        server.sendall(data)
+                    else:
+                        client.sendall(self.treat(data, passed, client))
+                        passed += len(data)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.listener.close()
+
+
+def reset(sock):
+    """Close a socket with a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
 
 
 class TestCase(unittest.TestCase):

@@ -51,7 +51,7 @@ class BadFiles(TestCase):
 
     def test_wrong_way_round(self):
         self.refused((CA, SERVER[1], SERVER[0]), SERVER[1] + ": ")
-        self.refused((SERVER[0], CA, SERVER[1]), SERVER[0] + ": no CA certificate in it")
+        self.refused((SERVER[0], CA, SERVER[1]), SERVER[0] + ": not a CA certificate")
         self.refused((SERVER[1], SERVER[0], CA), SERVER[1] + ": ")
 
     def test_key_of_another_certificate(self):

@@ -1,0 +1,242 @@
+"""Stopping, reloading, expiry and revocation."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+from support import (CA, CLIENT, PATIENCE, ROOT, SERVER, Process, Project, Server, TestCase, client, connection, copy_project, make,
+                     receive_all, run, temporary_folder)
+
+CRL = "auth/test-ca/test-ca.crl"
+LAPTOP = ("auth/laptop7.crt", "auth/laptop7.key")
+
+
+class Stopping(TestCase):
+    def test_what_has_arrived_is_answered_and_all_are_closed_properly(self):
+        batch = b"".join(b"%d\n" % number for number in range(2000))
+        for number in signal.SIGTERM, signal.SIGINT:
+            with Server() as server, contextlib.ExitStack() as stack:
+                idle = [stack.enter_context(connection(server.port)) for _ in range(5)]
+                strangers = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(5)]
+                busy = stack.enter_context(connection(server.port))
+                server.process.send_signal(signal.SIGSTOP)  # so that the batch arrives before the signal is seen
+                busy.sendall(batch)
+                server.process.send_signal(number)
+                server.process.send_signal(signal.SIGCONT)
+                self.assertEqual(len(receive_all(busy).splitlines()), 2000)
+                for one in idle:
+                    self.assertEqual(one.recv(10), b"")
+                    one.unwrap().close()  # needs the server's close_notify
+                for one in strangers:
+                    with contextlib.suppress(ConnectionError):
+                        self.assertEqual(one.recv(10), b"")
+                self.assertEqual(server.end(), 0)
+                self.assertEqual(server.lines[-2], "stopped")
+                self.assertNotRegex(server.log(), "Traceback|please report")
+                socket.create_server(("127.0.0.1", server.port)).close()  # it can be bound again
+
+    def test_in_time_whatever_hangs_on(self):
+        with Server() as server, connection(server.port) as tls, connection(server.port) as drip:
+            tls.settimeout(0.2)
+            with contextlib.suppress(socket.timeout):
+                while True:
+                    tls.sendall(b"1\n" * 10000)  # and read nothing, until no more goes in
+            drip.sendall(b"1")
+            begun = time.monotonic()
+            self.assertEqual(server.stop(), 0)
+            self.assertLess(time.monotonic() - begun, 5)
+
+    def test_second_ctrl_c_ends_it_there_and_then(self):
+        with Server() as server, connection(server.port) as tls:
+            tls.settimeout(0.2)
+            with contextlib.suppress(socket.timeout):
+                while True:
+                    tls.sendall(b"1\n" * 10000)
+            server.process.send_signal(signal.SIGINT)
+            server.wait_for("^stopping")
+            server.process.send_signal(signal.SIGINT)
+            self.assertEqual(server.end(), -signal.SIGINT)
+            self.assertNotIn("Traceback", server.log())
+
+    def test_ctrl_c_before_it_listens(self):
+        for script in "server_try", "client_try":
+            fifo = os.path.join(temporary_folder(), "fifo")
+            os.mkfifo(fifo)
+            process = subprocess.Popen([sys.executable, os.path.join(ROOT, script), fifo], stderr=subprocess.PIPE)
+            with process, open(fifo, "w"):  # it has got as far as its CA certificate
+                process.send_signal(signal.SIGINT)
+                self.assertEqual(process.stderr.read(), b"")
+            self.assertEqual(process.returncode, -signal.SIGINT)
+
+
+class Changing(TestCase):
+    """Files that change under a running server."""
+
+    def setUp(self):
+        self.folder = copy_project(os.path.join(temporary_folder(), "clone"))
+        shutil.rmtree(os.path.join(self.folder, "auth"))
+        shutil.copytree(os.path.join(Project.get(), "auth"), os.path.join(self.folder, "auth"))
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def serve(self, *arguments, **options):
+        server = Server(*arguments, folder=self.folder, **options)
+        self.addCleanup(server.__exit__)
+        return server
+
+    def client(self, server, *arguments, **options):
+        return client(server.port, *arguments, folder=self.folder, **options)
+
+    def reload(self, server, pattern):
+        server.lines.clear()
+        server.process.send_signal(signal.SIGHUP)
+        return server.wait_for(pattern)
+
+    def test_reload(self):
+        server = self.serve()
+        server.wait_for(r"^auth/server.crt expires on 20\d\d-\d\d-\d\d at \d\d:\d\d UTC$")
+        first = self.client(server)[2]
+        with connection(server.port) as tls:
+            make(self.folder, "renew")
+            self.assertIn(first.splitlines()[0], self.client(server)[2])
+            self.reload(server, "^reloaded")
+            server.wait_for(r"^auth/server.crt expires on ")
+            status, output, errors = self.client(server)
+            self.assertEqual((status, output), (0, "42\n"))
+            self.assertNotEqual(first.splitlines()[0], errors.splitlines()[0])
+            tls.sendall(b"1\n")
+            self.assertEqual(tls.recv(10), b"2\n")
+        for good, bad, says in [(SERVER[1], CLIENT[1], "auth/server.key: not usable as the private key of auth/server.crt"),
+                                (SERVER[0], None, "auth/server.crt: No such file"), (CA, SERVER[1], "test-ca.cert: ")]:
+            os.rename(self.path(good), self.path("kept"))
+            if bad:
+                shutil.copy(self.path(bad), self.path(good))
+            self.reload(server, "^not reloaded, the old files stay in use: " + ".*" + says)
+            os.replace(self.path("kept"), self.path(good))
+            self.assertEqual(self.client(server)[:2], (0, "42\n"))
+        self.reload(server, "^reloaded")
+
+    def test_no_connection_is_lost_to_reloads(self):
+        server = self.serve()
+        done = threading.Event()
+
+        def reload_all_the_time():
+            while not done.wait(0.02):
+                server.process.send_signal(signal.SIGHUP)
+
+        thread = threading.Thread(target=reload_all_the_time)
+        thread.start()
+        try:
+            for _ in range(150):
+                with connection(server.port) as tls:
+                    tls.sendall(b"1\n")
+                    self.assertEqual(tls.recv(10), b"2\n")
+        finally:
+            done.set()
+            thread.join()
+        self.assertEqual(server.stop(), 0)
+        self.assertGreater(server.log().count("reloaded"), 5)
+        self.assertNotIn("not reloaded", server.log())
+
+    def test_expiry_is_told_in_time(self):
+        make(self.folder, "renew", "DAYS=6")
+        server = self.serve()
+        server.wait_for("^auth/server.crt expires in less than a week, on ")
+        self.assertIn("auth/client.crt expires in less than a week, on ", self.client(server)[2])
+        make(self.folder, "renew", "DAYS=8")
+        self.reload(server, "^auth/server.crt expires on ")
+        self.assertNotIn("expires", self.client(server)[2])
+
+    def test_expired_and_not_yet_valid_at_each_end(self):
+        expired = ("auth/expired-server.crt", SERVER[1])
+        server = self.serve(files=(CA, *expired))
+        server.wait_for("^auth/expired-server.crt has expired, on 2020-01-31 at 00:00 UTC$")
+        status, output, errors = self.client(server)
+        self.assertEqual((status, output), (1, ""))
+        self.assertRegex(errors, "turned away: certificate verify failed: certificate has expired$")
+        server.wait_for("turned us away: certificate expired$")
+        server = self.serve()
+        status, output, errors = self.client(server, files=(CA, "auth/expired-client.crt", CLIENT[1]))
+        self.assertEqual((status, output), (1, ""))
+        self.assertRegex(errors, "(?m)^auth/expired-client.crt has expired, on 2020-01-31 at 00:00 UTC$")
+        self.assertRegex(errors, "turned us away: certificate expired$")
+        server.wait_for("turned away: certificate verify failed: certificate has expired$")
+        status, output, errors = self.client(server, files=(CA, "auth/future-client.crt", CLIENT[1]))
+        self.assertEqual((status, output), (1, ""))
+        server.wait_for("turned away: certificate verify failed: certificate is not yet valid$")
+
+    def test_revoked_client(self):
+        make(self.folder, "client-cert", "NAME=laptop7")
+        shutil.copy(self.path(LAPTOP[0]), self.path("auth/older.crt"))
+        make(self.folder, "renew")
+        make(self.folder, "crl")
+        server = self.serve("--crl", CRL)
+        server.wait_for(f"^{CRL} expires on ")
+        files = (CA, *LAPTOP)
+        self.assertEqual(self.client(server, files=files)[:2], (0, "42\n"))
+        for _ in range(2):
+            make(self.folder, "revoke", "NAME=laptop7")
+        self.assertEqual(self.client(server, files=files)[:2], (0, "42\n"))
+        self.reload(server, "^reloaded")
+        for stolen in LAPTOP[0], "auth/older.crt":
+            status, output, errors = self.client(server, files=(CA, stolen, LAPTOP[1]))
+            self.assertEqual((status, output), (1, ""))
+            self.assertRegex(errors, "turned us away: certificate revoked$")
+            server.wait_for("turned away: certificate verify failed: certificate revoked$")
+            server.lines.clear()
+        self.assertEqual(self.client(server)[:2], (0, "42\n"))
+        make(self.folder, "renew")
+        self.assertEqual(self.client(server, files=files)[0], 1)
+        make(self.folder, "client-cert", "NAME=laptop7")
+        self.assertEqual(self.client(server, files=files)[:2], (0, "42\n"))
+
+    def test_revoked_server(self):
+        make(self.folder, "server-cert", "NAME=db1.internal")
+        make(self.folder, "revoke", "NAME=db1.internal")
+        server = self.serve(files=(CA, "auth/db1.internal.crt", "auth/db1.internal.key"))
+        options = ("--server-name", "db1.internal")
+        self.assertEqual(self.client(server, *options)[:2], (0, "42\n"))
+        status, output, errors = self.client(server, "--crl", CRL, *options)
+        self.assertEqual((status, output), (1, ""))
+        self.assertRegex(errors, "turned away: certificate verify failed: certificate revoked$")
+        server.wait_for("turned us away: certificate revoked$")
+
+    def test_crl_that_is_no_good_lets_nobody_in(self):
+        with open(self.path("junk"), "wb") as file:
+            file.write(os.urandom(500))
+        open(self.path("empty"), "w").close()
+        for crl, reason in [("missing", "No such file"), ("junk", ""), ("empty", ""), ("auth", "Is a directory"),
+                            ("auth/alt-ca/alt-ca.cert", "not a CRL"), (SERVER[1], "")]:
+            for script in "server_try", "client_try":
+                status, output, errors = run(sys.executable, os.path.join(ROOT, script), "--port", "1", "--crl", crl, CA, *SERVER,
+                                             folder=self.folder)
+                self.assertEqual((status, output), (1, ""))
+                self.assertOneLine(errors, f"{script}: {crl}: {reason}")
+
+        alt = ["openssl", "ca", "-config", "auth/test-ca.conf", "-cert", "auth/alt-ca/alt-ca.cert", "-keyfile",
+               "auth/alt-ca/alt-ca.key", "-gencrl"]
+        self.assertEqual(run(*alt, "-crldays", "1", "-out", "alt.crl", folder=self.folder, env={**os.environ, "CA": "alt-ca"})[0], 0)
+        make(self.folder, "crl")
+        test = [name.replace("alt-ca", "test-ca") for name in alt]
+        self.assertEqual(run(*test, "-crlsec", "1", "-out", "expired.crl", folder=self.folder)[0], 0)
+        deadline = time.monotonic() + PATIENCE
+        while run("openssl", "verify", "-crl_check", "-CRLfile", "expired.crl", "-CAfile", CA, CLIENT[0],
+                  folder=self.folder)[0] == 0 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        for crl, reason in ("alt.crl", "(unable to get certificate CRL|CRL signature failure)"), ("expired.crl", "CRL has expired"):
+            server = self.serve("--crl", crl)
+            self.assertEqual(self.client(server)[:2], (1, ""))
+            server.wait_for(rf"turned away: certificate verify failed: {reason} \({crl}\)$")
+            server = self.serve()
+            status, output, errors = self.client(server, "--crl", crl)
+            self.assertEqual((status, output), (1, ""))
+            self.assertRegex(errors, rf"turned away: certificate verify failed: {reason} \({crl}\)\n$")
+        server = self.serve("--crl", "expired.crl")
+        server.wait_for(r"^expired.crl has expired, on ")

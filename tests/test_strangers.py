@@ -1,0 +1,218 @@
+"""Strangers at the port, slow peers, and more of them than there is room for."""
+
+import contextlib
+import os
+import random
+import resource
+import socket
+import ssl
+import time
+import unittest
+
+from support import (CA, PATIENCE, SERVER, Process, Project, Server, TestCase, client, client_command, connection,
+                     receive_all, reset, tls_client)
+
+PROC = os.path.isdir("/proc/self/fd")
+
+
+def setUpModule():
+    """Begin the test that takes a minute, the idle client's, so that the others run meanwhile."""
+    global idle_server, idle, idle_since
+    idle_server = Server()
+    raw = socket.create_connection(("127.0.0.1", idle_server.port), PATIENCE)
+    idle = tls_client().wrap_socket(raw, server_hostname="example.com")
+    idle.settimeout(60 + PATIENCE)
+    idle.sendall(b"1\n")
+    assert idle.recv(10) == b"2\n"
+    idle_since = time.monotonic()
+
+
+def tearDownModule():
+    idle.close()
+    idle_server.__exit__()
+
+
+def usage(server):
+    """Return how many descriptors and threads a process has, and its resident kilobytes."""
+    pid = server.process.pid
+    with open(f"/proc/{pid}/status") as status:
+        fields = dict(line.split(":\t", 1) for line in status)
+    return len(os.listdir(f"/proc/{pid}/fd")), int(fields["Threads"]), int(fields["VmRSS"].split()[0])
+
+
+def client_hello():
+    """Return the bytes of a ClientHello."""
+    outgoing = ssl.MemoryBIO()
+    tls = tls_client().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="example.com")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    return outgoing.read()
+
+
+class Crowds(TestCase):
+    def test_silent_and_idle_ones_hold_nobody_up(self):
+        with Server("--timeout", str(PATIENCE)) as server, contextlib.ExitStack() as stack:
+            silent = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(300)]
+            context = tls_client()
+            for _ in range(200):
+                stack.enter_context(connection(server.port, context))
+            self.assertEqual(client(server.port)[1], "42\n")
+            for stranger in silent:
+                stranger.setblocking(False)
+                self.assertRaises(BlockingIOError, stranger.recv, 1)  # still there
+
+    def test_handshake_ends_in_time_however_it_drips(self):
+        with Server("--timeout", "2") as server, socket.create_connection(("127.0.0.1", server.port)) as stranger:
+            begun = time.monotonic()
+            stranger.settimeout(0.1)
+            with contextlib.suppress(ConnectionError):
+                for byte in client_hello()[:-1]:
+                    stranger.sendall(bytes([byte]))
+                    with contextlib.suppress(socket.timeout):
+                        self.assertEqual(stranger.recv(1), b"")
+                        break
+            self.assertGreater(time.monotonic() - begun, 1.9)
+            server.wait_for("hung up on, not done within 2 s")
+
+    def test_beyond_max_clients_they_wait(self):
+        with Server("--max-clients", "2") as server:
+            with connection(server.port), connection(server.port):
+                waiting = [Process(*client_command(server.port, "--timeout", str(PATIENCE))) for _ in range(4)]
+                time.sleep(0.5)
+                self.assertEqual([process.process.poll() for process in waiting], [None] * 4)
+                self.assertEqual(len([line for line in server.lines if "accepted" in line]), 2)
+            for process in waiting:
+                with process:
+                    self.assertEqual((process.end(), process.process.stdout.read()), (0, b"42\n"), process.log())
+            if PROC:
+                self.assertLessEqual(usage(server)[1], 3)
+
+    @unittest.skipUnless(PROC, "needs /proc")
+    def test_out_of_file_descriptors(self):
+        limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        with Server("--timeout", str(PATIENCE), preexec_fn=limit) as server:
+            strangers = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(150)]
+            server.wait_for("cannot take more connections for now: Too many open files")
+            before, begun = self.processor_seconds(server), time.monotonic()
+            waiting = Process(*client_command(server.port, "--timeout", str(PATIENCE)))
+            while time.monotonic() < begun + 2:
+                self.assertIsNone(server.process.poll())
+                time.sleep(0.1)
+            self.assertLess(self.processor_seconds(server) - before, 0.5)
+            for stranger in strangers:
+                stranger.close()
+            with waiting:
+                self.assertEqual((waiting.end(), waiting.process.stdout.read()), (0, b"42\n"), waiting.log())
+            self.assertEqual(len([line for line in server.lines if "cannot take" in line]), 1)
+
+    def processor_seconds(self, server):
+        with open(f"/proc/{server.process.pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Garbage(TestCase):
+    """Whatever comes, it costs one line in the log, and nothing for good."""
+
+    def test_fuzz(self):
+        chance = random.Random(20261123)
+        hello = client_hello()
+        old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        old.load_verify_locations(os.path.join(Project.get(), CA))
+        old.maximum_version = ssl.TLSVersion.TLSv1_2
+        good = tls_client()
+
+        def bytes_and(end):
+            def act(port):
+                kind = chance.randrange(5)
+                data = (chance.randbytes(chance.randrange(1, 3000)) if kind == 0 and hasattr(chance, "randbytes") else
+                        bytes(chance.randrange(256) for _ in range(chance.randrange(1, 300))) if kind == 0 else
+                        b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n" if kind == 1 else
+                        hello[:chance.randrange(len(hello))] if kind == 2 else
+                        self.flipped(hello, chance) if kind == 3 else b"")
+                stranger = socket.create_connection(("127.0.0.1", port), PATIENCE)
+                with stranger, contextlib.suppress(ConnectionError):
+                    stranger.sendall(data)
+                    end(stranger)
+            return act
+
+        def half_close(stranger):
+            stranger.shutdown(socket.SHUT_WR)
+            while stranger.recv(65536):
+                pass
+
+        def tls_1_2(port):
+            with contextlib.suppress(OSError), connection(port, old):
+                pass
+
+        def no_certificate(port):
+            with contextlib.suppress(OSError), connection(port, tls_client(None)) as tls:
+                tls.sendall(b"1\n" * 100)
+                receive_all(tls)
+
+        def authenticated_and(end):
+            def act(port):
+                with contextlib.suppress(OSError), connection(port, good) as tls:
+                    tls.sendall(chance.choice([b"", b"1\n", b"1\nx", b"x\n", b"1\n" * 500]))
+                    end(tls)
+            return act
+
+        acts = [bytes_and(half_close), bytes_and(reset), bytes_and(socket.socket.close), tls_1_2, no_certificate,
+                authenticated_and(reset), authenticated_and(socket.socket.close), authenticated_and(lambda tls: tls.unwrap())]
+        with Server() as server:
+            measured = []
+            for batch in range(3):
+                for _ in range(200):
+                    chance.choice(acts)(server.port)
+                deadline = time.monotonic() + PATIENCE
+                while PROC and usage(server)[0] > 8 and time.monotonic() < deadline:
+                    time.sleep(0.05)  # for the last of them to be hung up on
+                self.assertEqual(client(server.port)[1], "42\n")
+                if PROC:
+                    measured.append(usage(server))
+            ended = [line for line in server.lines if ": accepted " not in line and line.startswith("127.0.0.1:")]
+            self.assertEqual(len(ended), len({line.split(": ")[0] + line for line in ended}))
+            self.assertLessEqual(abs(len(ended) - 603), 3, server.log()[-3000:])
+            for line in server.lines:
+                self.assertRegex(line, r"\A[ -~]*\Z")
+                self.assertNotRegex(line, r"Traceback|_ssl\.c|please report")
+            if PROC:
+                for descriptors, threads, _ in measured:
+                    self.assertLessEqual(descriptors, 8, measured)
+                    self.assertLessEqual(threads, 30, measured)
+                self.assertLess(measured[2][2] - measured[1][2], 2000, measured)
+
+    @staticmethod
+    def flipped(data, chance):
+        data = bytearray(data)
+        for _ in range(chance.randrange(1, 9)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        return bytes(data)
+
+    def test_client_hello_cut_at_every_length(self):
+        hello = client_hello()
+        with Server() as server:
+            for length in range(len(hello)):
+                with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as stranger:
+                    stranger.sendall(hello[:length])
+                    stranger.shutdown(socket.SHUT_WR)
+                    with contextlib.suppress(ConnectionError):
+                        while stranger.recv(65536):
+                            pass
+            self.assertEqual(client(server.port)[1], "42\n")
+            server.wait_for("answered 1, done")
+            lines = [line for line in server.lines if line.startswith("127.0.0.1:")]
+            self.assertEqual(len(lines), len(hello) + 2)
+
+
+class TheIdle(TestCase):
+    """Comes last in this module, which began it first."""
+
+    def test_idle_client_is_closed_properly_after_a_minute(self):
+        self.assertEqual(receive_all(idle), b"")
+        self.assertGreater(time.monotonic() - idle_since, 59)
+        idle_server.wait_for("answered 1, closed after 60 s idle")
+
+
+if __name__ == "__main__":
+    unittest.main()
