@@ -14,7 +14,7 @@ CA_SUBJECT = $(ORGANIZATION)/OU=Trust Me/CN=example.com/emailAddress=postmaster@
 CLIENT_SUBJECT = $(ORGANIZATION)/OU=Client/CN=$(CN)
 SERVER_SUBJECT = $(ORGANIZATION)/OU=Server/CN=$(CN)
 
-.PHONY: FORCE help certs alt-certs odd-certs server-cert client-cert check-name renew revoke crl demo test clean
+.PHONY: FORCE help certs alt-certs odd-certs server-cert client-cert check-name renew revoke crl demo test bench clean
 .DELETE_ON_ERROR:
 # Two `openssl ca` at once would take the same serial number.
 .NOTPARALLEL:
@@ -30,6 +30,7 @@ help:
 	@echo 'make crl                            a new CRL, before the old one expires'
 	@echo 'make demo                           watch a server and a client talk (PORT=$(PORT))'
 	@echo 'make test                           run the tests'
+	@echo 'make bench                          measure what they cost, beside nginx and s_server'
 	@echo 'make clean                          remove everything made'
 
 certs: auth/test-ca/test-ca.cert auth/client.key auth/client.req auth/client.crt \
@@ -148,6 +149,9 @@ demo: certs
 
 test:
 	$(PYTHON) -m unittest discover -s tests
+
+bench: certs
+	$(PYTHON) tests/bench.py
 
 clean:
 	rm -rf auth/test-ca auth/alt-ca

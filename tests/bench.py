@@ -1,0 +1,301 @@
+#!/usr/bin/env python3
+"""Measure what server_try and client_try cost, beside other servers on the same work: `make bench`.
+
+All run in turn, round after round, on the same certificates; each server has one processor and
+the load another, where there are two. What to look at are the ratios: times differ from machine
+to machine, and from minute to minute.
+"""
+
+import argparse
+import contextlib
+import os
+import platform
+import shutil
+import socket
+import ssl
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CA, CERT, KEY = (os.path.join(ROOT, "auth", name) for name in ("test-ca/test-ca.cert", "server.crt", "server.key"))
+CLIENT = [os.path.join(ROOT, "auth", name) for name in ("client.crt", "client.key")]
+TRY = [sys.executable, os.path.join(ROOT, "server_try")]
+NGINX = """
+load_module %(modules)s/ngx_stream_module.so;
+daemon off; pid %(folder)s/nginx.pid; error_log %(folder)s/error.log; worker_processes 1;
+events { worker_connections 2000; }
+stream { server {
+    listen 127.0.0.1:%(port)d ssl;
+    ssl_certificate %(cert)s; ssl_certificate_key %(key)s; ssl_client_certificate %(ca)s;
+    ssl_verify_client on; ssl_protocols TLSv1.3; ssl_session_tickets off; ssl_session_cache off;
+    return "42\\n";
+} }
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--connections", type=int, default=400, help="of each server in each round")
+    args = parser.parse_args()
+    if not os.path.isdir("/proc/self"):
+        sys.exit("bench: needs /proc, to see a server's processor time and memory")
+    processors = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, processors[-1:])  # the load's; servers() takes the first
+    print(f"{platform.system()} {platform.machine()}, {len(processors)} processors, Python {platform.python_version()}, "
+          f"{ssl.OPENSSL_VERSION}, {args.rounds} rounds")
+    results = {}
+
+    def note(name, value):
+        results.setdefault(name, []).append(value)
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        commands = servers(folder)
+        running = {name: stack.enter_context(run(name, command, port, processors[0]))
+                   for name, (command, port) in commands.items()}
+        for number in range(args.rounds):
+            progress(f"round {number + 1} of {args.rounds}: new connections")
+            note("floor", handshake_in_memory())
+            for name, (pid, port) in running.items():
+                note(name, processor_time(pid, port, args.connections, 8))
+            for clients in 1, 50, 200:
+                note(f"server_try {clients}", processor_time(*running["server_try"], args.connections, clients))
+            progress(f"round {number + 1} of {args.rounds}: requests")
+            for name in "server_try", "s_server":
+                note(f"{name} one by one", one_by_one(running[name][1]))
+            note("at once", all_at_once(running["server_try"][1]))
+            progress(f"round {number + 1} of {args.rounds}: whole clients")
+            port = running["server_try"][1]
+            for _ in range(5):
+                note("client_try", wall([sys.executable, os.path.join(ROOT, "client_try"), "--port", str(port), CA, *CLIENT]))
+                note("import", wall([sys.executable, "-c", "import ssl, socket"]))
+    with tempfile.TemporaryDirectory() as folder:
+        progress("memory")
+        for name, (command, port) in servers(folder).items():
+            if name != "s_server":  # it serves one client at a time
+                with run(name, command, port, processors[0]) as (pid, port):
+                    results[f"{name} empty"], results[f"{name} idle"] = memory(pid, port)
+    progress("")
+    report(results)
+
+
+def servers(folder):
+    """Return the command and the port of each server to compare."""
+    names = ["server_try", "s_server", "nginx"]
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in names]
+        ports = {name: listener.getsockname()[1] for name, listener in zip(names, listeners)}
+    found = {
+        "server_try": TRY + ["--port", str(ports["server_try"]), CA, CERT, KEY],
+        "s_server": ["openssl", "s_server", "-quiet", "-rev", "-tls1_3", "-num_tickets", "0", "-Verify", "1",
+                     "-verify_return_error", "-CAfile", CA, "-cert", CERT, "-key", KEY, "-accept", str(ports["s_server"])],
+    }
+    modules = [path for path in ("/usr/lib/nginx/modules", "/usr/share/nginx/modules", "/usr/lib64/nginx/modules")
+               if os.path.exists(path + "/ngx_stream_module.so")]
+    nginx = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
+    if nginx and modules:
+        with open(os.path.join(folder, "nginx.conf"), "w") as file:
+            file.write(NGINX % dict(modules=modules[0], folder=folder, port=ports["nginx"], ca=CA, cert=CERT, key=KEY))
+        found["nginx"] = [nginx, "-c", file.name, "-e", os.path.join(folder, "error.log")]
+    else:
+        print("nginx with its stream module is not installed: left out")
+    return {name: (command, ports[name]) for name, command in found.items()}
+
+
+@contextlib.contextmanager
+def run(name, command, port, processor):
+    """Run a server on one processor; give its process ID and port when it listens, and stop it."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: os.sched_setaffinity(0, [processor]))
+    with process:
+        # What it logs is read, as a journal would, on the load's processor.
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        try:
+            deadline = time.monotonic() + 10
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                except ConnectionRefusedError:
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        sys.exit(f"bench: {name} does not start")
+                    time.sleep(0.02)
+            yield process.pid, port
+        finally:
+            process.terminate()
+
+
+def progress(text):
+    """Show on a terminal what is being done."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def client_context():
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(CA)
+    context.load_cert_chain(*CLIENT)
+    return context
+
+
+def connect(port, context):
+    raw = socket.create_connection(("127.0.0.1", port), 30)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return context.wrap_socket(raw, server_hostname="example.com")
+
+
+def close(tls):
+    """Close as client_try does: with a close_notify, not waiting for the server's."""
+    with contextlib.suppress(OSError):
+        tls.settimeout(0)
+        tls.unwrap()
+    tls.close()
+
+
+def processes(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as children:
+        return [pid, *map(int, children.read().split())]
+
+
+def seconds_used(pid):
+    """Return the processor time of a process and its children so far, in seconds."""
+    total = 0
+    for one in processes(pid):
+        for thread in os.listdir(f"/proc/{one}/task"):  # finer than the ticks of /proc/PID/stat
+            with open(f"/proc/{one}/task/{thread}/schedstat") as schedstat:
+                total += int(schedstat.read().split()[0])
+    return total / 1e9
+
+
+def processor_time(pid, port, connections, clients):
+    """Return the server's processor seconds for a new connection with one request."""
+    context = client_context()
+
+    def client():
+        for _ in range(connections // clients):
+            tls = connect(port, context)
+            tls.sendall(b"41\n")
+            tls.recv(10)
+            close(tls)
+
+    before = seconds_used(pid)
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    time.sleep(0.05)  # for the last close
+    return (seconds_used(pid) - before) / (connections // clients * clients)
+
+
+def handshake_in_memory(count=200):
+    """Return the processor seconds of the server's half of a handshake, with no socket at all."""
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.minimum_version = ssl.TLSVersion.TLSv1_3
+    server.verify_mode = ssl.CERT_REQUIRED
+    server.num_tickets = 0
+    server.load_verify_locations(CA)
+    server.load_cert_chain(CERT, KEY)
+    context = client_context()
+    times = []
+    for _ in range(count):
+        up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+        ours = server.wrap_bio(up, down, server_side=True)
+        theirs = context.wrap_bio(down, up, server_hostname="example.com")
+        spent = 0
+        for _ in range(2):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                theirs.do_handshake()
+            begun = time.process_time()
+            with contextlib.suppress(ssl.SSLWantReadError):
+                ours.do_handshake()
+            spent += time.process_time() - begun
+        times.append(spent)
+    return statistics.median(times)
+
+
+def one_by_one(port, count=3000):
+    """Return how many requests a second one connection gets answered, each sent after the last reply."""
+    tls = connect(port, client_context())
+    begun = time.monotonic()
+    for _ in range(count):
+        tls.sendall(b"41\n")
+        tls.recv(10)
+    seconds = time.monotonic() - begun
+    close(tls)
+    return count / seconds
+
+
+def all_at_once(port, batch=16000, batches=10):
+    """Return how many requests a second one connection gets answered, sent thousands at once."""
+    tls = connect(port, client_context())
+    requests, size = b"41\n" * batch, 3 * batch
+    begun = time.monotonic()
+    for _ in range(batches):
+        tls.sendall(requests)
+        received = 0
+        while received < size:
+            received += len(tls.recv(65536))
+    seconds = time.monotonic() - begun
+    close(tls)
+    return batch * batches / seconds
+
+
+def wall(command):
+    """Return the seconds that a whole command takes."""
+    begun = time.monotonic()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.monotonic() - begun
+
+
+def memory(pid, port, clients=500):
+    """Return the kB resident before the first client, and how many each idle one adds."""
+    def resident():
+        total = 0
+        for one in processes(pid):
+            with open(f"/proc/{one}/status") as status:
+                total += int(status.read().partition("VmRSS:")[2].split()[0])
+        return total
+
+    empty, context, connections = resident(), client_context(), []
+    for _ in range(clients):
+        tls = connect(port, context)
+        connections.append(tls)
+        if "nginx" not in open(f"/proc/{pid}/comm").read():
+            tls.sendall(b"41\n")
+            tls.recv(10)
+    each = (resident() - empty) / clients
+    for tls in connections:
+        close(tls)
+    return empty, each
+
+
+def report(results):
+    """Print the table: medians, and what they are to be compared with."""
+    def row(what, figure, ratio=""):
+        print(f"| {what:<58} | {figure:>14} | {ratio:<36} |")
+
+    middle = {name: statistics.median(values) if isinstance(values, list) else values for name, values in results.items()}
+    ours = middle["server_try"]
+    row("what", "server_try", "beside")
+    row("---", "---", "---")
+    beside = [f"{ours / middle[name]:.2f} × {name}" for name in ("nginx", "s_server") if name in middle]
+    row("server CPU a new connection with a request, 8 clients", f"{ours * 1000:.2f} ms", ", ".join(beside))
+    row("of that, the handshake alone, in memory", f"{middle['floor'] * 1000:.2f} ms", f"{middle['floor'] / ours:.0%}")
+    row("the same with 1, 50, 200 clients at once", "", ", ".join(
+        f"{middle[f'server_try {clients}'] / ours:.2f}" for clients in (1, 50, 200)) + " × that")
+    rate = middle["server_try one by one"]
+    row("requests a second on one connection, one by one", f"{rate:,.0f}", f"{rate / middle['s_server one by one']:.2f} × s_server -rev")
+    row("requests a second on one connection, sent all at once", f"{middle['at once']:,.0f}")
+    row("memory before the first client", f"{middle['server_try empty'] / 1024:.1f} MB")
+    row("memory an idle client, of 500", f"{middle['server_try idle']:.0f} kB")
+    row("a whole client_try", f"{middle['client_try'] * 1000:.0f} ms",
+        f"{middle['client_try'] / middle['import']:.2f} × python3 -c 'import ssl, socket'")
+
+
+if __name__ == "__main__":
+    main()
