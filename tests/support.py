@@ -72,7 +72,7 @@ class Process:
         self.news = threading.Condition()
         self.process = subprocess.Popen(arguments, cwd=folder or Project.get(), stdin=subprocess.DEVNULL,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-        self.reader = threading.Thread(target=self.read)
+        self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 
     def read(self):
