@@ -64,6 +64,21 @@ class Stopping(TestCase):
             self.assertEqual(server.end(), -signal.SIGINT)
             self.assertNotIn("Traceback", server.log())
 
+    def test_in_time_even_where_nobody_reads_the_log(self):
+        reader, writer = os.pipe()
+        with subprocess.Popen([sys.executable, os.path.join(ROOT, "server_try"), "--port", "0", CA, *SERVER],
+                              cwd=Project.get(), stderr=writer) as process:
+            try:
+                os.close(writer)
+                port = int(os.read(reader, 1000).splitlines()[0].rpartition(b":")[2])
+                for _ in range(2000):  # two lines each are more than a pipe holds
+                    socket.create_connection(("127.0.0.1", port)).close()
+                process.terminate()
+                self.assertEqual(process.wait(PATIENCE), 0)
+            finally:
+                process.kill()
+                os.close(reader)
+
     def test_ctrl_c_before_it_listens(self):
         for script in "server_try", "client_try":
             fifo = os.path.join(temporary_folder(), "fifo")
@@ -144,6 +159,48 @@ class Changing(TestCase):
         self.assertEqual(server.stop(), 0)
         self.assertGreater(server.log().count("reloaded"), 5)
         self.assertNotIn("not reloaded", server.log())
+
+    def test_many_reloads_at_once_and_then_a_stop(self):
+        server = self.serve()
+        server.wait_for("expires")
+        for _ in range(3000):
+            server.process.send_signal(signal.SIGHUP)
+        self.assertEqual(server.stop(), 0)
+        self.assertNotIn("Traceback", server.log())
+
+    def test_files_that_change_while_they_are_loaded(self):
+        server = self.serve()
+        path = self.path(SERVER[0])
+        with open(path, "rb") as file:
+            good = file.read()
+        for cut in range(0, len(good), 199):
+            server.process.send_signal(signal.SIGHUP)
+            os.remove(path)
+            with open(path, "wb") as file:
+                file.write(good[:cut])
+            server.process.send_signal(signal.SIGHUP)
+        with open(path, "wb") as file:
+            file.write(good)
+        self.assertEqual(self.client(server)[:2], (0, "42\n"))
+        self.assertEqual(server.stop(), 0)
+        self.assertNotIn("Traceback", server.log())
+
+    def test_strange_certificates(self):
+        """Signed by our CA, and yet nothing that is in them is logged raw."""
+        make(self.folder, "client-cert", "NAME=laptop7")
+        for options, extension, shown in [(["-set_serial", "0x7f" + "ff" * 200], "", r"serial 7FFF"),
+                                          ([], "subjectAltName=DER:30:03:82:01:ff", "names in its certificate cannot be read")]:
+            with open(self.path("extensions"), "w") as file:
+                file.write(extension)
+            command = ["openssl", "x509", "-req", "-in", "auth/laptop7.req", "-CA", CA, "-CAkey", "auth/test-ca/test-ca.key",
+                       "-out", "strange.crt", "-days", "1", "-extfile", "extensions", *(options or ["-CAcreateserial"])]
+            status, _, errors = run(*command, folder=self.folder)
+            self.assertEqual(status, 0, errors)
+            server = self.serve()
+            self.client(server, files=(CA, "strange.crt", LAPTOP[1]))
+            line = server.wait_for(shown).string
+            self.assertRegex(line, r"\A[ -~]{1,400}\Z")
+            self.assertEqual(self.client(server)[:2], (0, "42\n"))
 
     def test_expiry_is_told_in_time(self):
         make(self.folder, "renew", "DAYS=6")

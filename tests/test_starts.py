@@ -191,3 +191,21 @@ class Outputs(TestCase):
                 finally:
                     second.terminate()
             self.assertEqual(second.returncode, 0)
+
+    def test_standard_output_closed(self):
+        with Server() as server:
+            log = os.path.join(Project.get(), "closed.log")
+            status, _, errors = run("sh", "-c", '"$0" "$@" >&-', *client_command(server.port), env={**os.environ, "SSLKEYLOGFILE": log})
+            self.assertEqual((status, errors), (1, "client_try: standard output is closed\n"))
+            self.assertFalse(os.path.exists(log))
+
+    def test_key_log_that_nobody_reads(self):
+        fifo = os.path.join(Project.get(), "fifo")
+        os.mkfifo(fifo)
+        status, _, errors = client(1, env={**os.environ, "SSLKEYLOGFILE": fifo})
+        self.assertEqual(status, 1)
+        self.assertOneLine(errors, fifo)
+
+    def test_lowered_limit_of_digits(self):
+        with Server(env={**os.environ, "PYTHONINTMAXSTRDIGITS": "640"}) as server:
+            self.assertEqual(client(server.port, "-n", "8" * 4000)[:2], (0, "8" * 3999 + "9\n"))
