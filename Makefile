@@ -37,22 +37,22 @@ certs: auth/test-ca/test-ca.cert auth/client.key auth/client.req auth/client.crt
     auth/server.key auth/server.req auth/server.crt
 alt-certs: auth/alt-client.crt auth/alt-server.crt
 
-# A CA: its records, its key, and the certificate that it gives itself.
-# (Where every target has a %, one run makes them all.)
+# A CA: its records, its key, and the certificate that it gives itself. (One run makes both
+# targets: "Pattern Intro" in the manual of GNU make.)
 %-ca.key %-ca.cert:
 	mkdir -p $(@D)/new_certs
 	: > $(@D)/index.txt
 	echo $(SERIAL) > $(@D)/serial
-	umask 077 && $(OPENSSL) req -config auth/test-ca.conf -new -x509 -extensions ca_cert \
+	(umask 077; $(OPENSSL) req -config auth/test-ca.conf -new -x509 -extensions ca_cert \
 	    -subj "$(CA_SUBJECT)" \
-	    -newkey $(NEWKEY) -nodes -days $(CA_DAYS) -keyout $*-ca.key -out $*-ca.cert
+	    -newkey $(NEWKEY) -nodes -days $(CA_DAYS) -keyout $*-ca.key -out $*-ca.cert)
 	chmod a+r $*-ca.cert
 
 # A key, and the request for its certificate.
 auth/%.key auth/%.req:
-	umask 077 && $(OPENSSL) req -config auth/test-ca.conf -new \
+	(umask 077; $(OPENSSL) req -config auth/test-ca.conf -new \
 	    -subj "$(SUBJECT)" \
-	    -newkey $(NEWKEY) -nodes -keyout auth/$*.key -out auth/$*.req
+	    -newkey $(NEWKEY) -nodes -keyout auth/$*.key -out auth/$*.req)
 
 # A certificate: the request, signed by a CA, which says what it is good for.
 auth/%.crt: auth/%.req auth/test-ca/test-ca.cert
@@ -60,9 +60,11 @@ auth/%.crt: auth/%.req auth/test-ca/test-ca.cert
 auth/alt-client.crt auth/alt-server.crt: auth/alt-%.crt: auth/%.req auth/alt-ca/alt-ca.cert
 	$(SIGN)
 
-SIGN = CA=$(CA) SAN="$(SAN)" $(OPENSSL) ca -config auth/test-ca.conf -batch -extensions $(EXTENSIONS) \
+define SIGN
+CA=$(CA) SAN="$(SAN)" $(OPENSSL) ca -config auth/test-ca.conf -batch \
 	    -cert auth/$(CA)/$(CA).cert -keyfile auth/$(CA)/$(CA).key \
-	    -in $< $(DATES) -out $@
+	    -extensions $(EXTENSIONS) -in $< $(DATES) -out $@
+endef
 CA = test-ca
 DATES = -days $(DAYS)
 auth/alt-%.crt: CA = alt-ca
@@ -99,47 +101,54 @@ check-name: export NAME := $(NAME)
 check-name:
 	@case "$$NAME" in \
 	'' | [-.:]* | *[!A-Za-z0-9.:_-]*) echo 'say whose: NAME=db1.internal, or NAME=192.0.2.7'; exit 1;; \
-	client | server | *-client | *-server | self-signed | alt-*) test '$(MAKECMDGOALS)' = revoke && exit; echo "NAME=$$NAME is taken: choose another"; exit 1;; \
+	client | server | *-client | *-server | self-signed) echo "NAME=$$NAME is taken: choose another"; exit 1;; \
 	esac
 
-# -W makes the request look new. The keys are not needed: they may be on their machines.
+# -W makes a request look new. The keys are not needed: they may be on their machines.
 renew:
-	@ls auth/*.crt > /dev/null
+	@test -f auth/test-ca/test-ca.cert || { echo 'nothing to renew: make certs comes first'; exit 1; }
 	@for crt in auth/*.crt; do \
 	    name=$${crt#auth/}; name=$${name%.crt}; \
 	    case $$name in \
 	    client | *-client) role=client;; \
 	    server | *-server) role=server;; \
-	    *) $(OPENSSL) x509 -in "$$crt" -noout -purpose | grep -q 'SSL server : Yes' && role=server || role=client;; \
+	    *) $(OPENSSL) x509 -in "./$$crt" -noout -purpose | grep -q 'SSL server : Yes' && role=server || role=client;; \
 	    esac; \
 	    test -f "auth/$${name#alt-}.req" || { echo "$$crt: no request, not renewed"; continue; }; \
 	    $(MAKE) -W "auth/$${name#alt-}.req" EXTENSIONS=$${role}_cert "$$crt" || exit; \
 	done
 
-# All that was ever issued to that subject: an older certificate serves a thief as well. Without
-# its request `make renew` passes it over, and a new certificate will be for a new key.
-revoke: check-name
-	@subject=$$($(OPENSSL) x509 -noout -subject -nameopt compat -in 'auth/$(NAME).crt') || exit; \
-	awk -F '\t' -v subject="$${subject#subject=}" '$$1 == "V" && $$6 == subject {print $$4}' auth/test-ca/index.txt \
-	| while read -r serial; do \
-	    set -x; $(CA_COMMAND) -revoke "auth/test-ca/new_certs/$$serial.pem" || exit; { set +x; } 2> /dev/null; \
+# All that was ever issued to that subject: an older certificate serves a thief as well. Without its
+# request `make renew` passes it over, and a new certificate will be for a new key. To be sure that
+# it is found, the subject is read from the records, by the serial number of the certificate.
+revoke:
+	@case '$(NAME)' in client | server) ;; *) $(MAKE) -s check-name NAME='$(NAME)';; esac
+	@serial=$$($(OPENSSL) x509 -noout -serial -in './auth/$(NAME).crt') || exit; \
+	serials=$$(awk -F '\t' -v serial="$${serial#serial=}" \
+	    'NR == FNR {if ($$4 == serial) subject = $$6; next} \
+	    $$6 == subject {found = 1; if ($$1 == "V") print $$4} END {exit !found}' \
+	    auth/test-ca/index.txt auth/test-ca/index.txt) || { echo 'auth/$(NAME).crt: not of this CA'; exit 1; }; \
+	for serial in $$serials; do \
+	    echo "$(CA_COMMAND) -revoke auth/test-ca/new_certs/$$serial.pem"; \
+	    $(CA_COMMAND) -revoke auth/test-ca/new_certs/$$serial.pem || exit; \
 	done
 	rm -f 'auth/$(NAME).req'
 	@$(MAKE) crl
 crl: auth/test-ca/test-ca.crl
 auth/test-ca/test-ca.crl: FORCE
+	test -f auth/test-ca/crlnumber || echo 01 > auth/test-ca/crlnumber
 	$(CA_COMMAND) -gencrl -crldays $(CRL_DAYS) -out $@
 FORCE:
 CA_COMMAND = $(OPENSSL) ca -config auth/test-ca.conf -cert auth/test-ca/test-ca.cert -keyfile auth/test-ca/test-ca.key
 
 # The server's log comes through a pipe: its first line says where it listens, or why not.
 demo: certs
-	@rm -f auth/demo; mkfifo auth/demo; trap 'rm -f auth/demo' EXIT; \
+	@rm -f auth/demo; mkfifo auth/demo; trap 'rm -f auth/demo' EXIT; trap 'exit 130' INT TERM; \
 	./server_try --port $(PORT) auth/test-ca/test-ca.cert auth/server.crt auth/server.key 2> auth/demo & \
 	server=$$!; \
 	{ \
 	    read -r line; echo "server: $$line"; \
-	    case $$line in 'listening on '*) ;; *) echo 'make demo PORT=0 takes any free port'; exit 1;; esac; \
+	    case $$line in 'listening on '*) ;; *) sed 's/^/server: /'; echo 'make demo PORT=0 takes any free port'; exit 1;; esac; \
 	    client=$$(./client_try --port "$${line##*:}" \
 	        auth/test-ca/test-ca.cert auth/client.crt auth/client.key 2>&1); status=$$?; \
 	    echo "$$client" | sed 's/^/client: /'; \
@@ -154,5 +163,5 @@ bench: certs
 	$(PYTHON) tests/bench.py
 
 clean:
-	rm -rf auth/test-ca auth/alt-ca
+	rm -rf auth/test-ca auth/alt-ca tests/__pycache__
 	rm -f auth/demo auth/*.key auth/*.req auth/*.crt

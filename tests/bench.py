@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import platform
+import re
 import shutil
 import socket
 import ssl
@@ -25,12 +26,12 @@ CA, CERT, KEY = (os.path.join(ROOT, "auth", name) for name in ("test-ca/test-ca.
 CLIENT = [os.path.join(ROOT, "auth", name) for name in ("client.crt", "client.key")]
 TRY = [sys.executable, os.path.join(ROOT, "server_try")]
 NGINX = """
-load_module %(modules)s/ngx_stream_module.so;
-daemon off; pid %(folder)s/nginx.pid; error_log %(folder)s/error.log; worker_processes 1;
+load_module "%(modules)s/ngx_stream_module.so";
+daemon off; pid "%(folder)s/nginx.pid"; error_log stderr; worker_processes 1;
 events { worker_connections 2000; }
 stream { server {
     listen 127.0.0.1:%(port)d ssl;
-    ssl_certificate %(cert)s; ssl_certificate_key %(key)s; ssl_client_certificate %(ca)s;
+    ssl_certificate "%(cert)s"; ssl_certificate_key "%(key)s"; ssl_client_certificate "%(ca)s";
     ssl_verify_client on; ssl_protocols TLSv1.3; ssl_session_tickets off; ssl_session_cache off;
     return "42\\n";
 } }
@@ -47,7 +48,7 @@ def main():
     processors = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, processors[-1:])  # the load's; servers() takes the first
     print(f"{platform.system()} {platform.machine()}, {len(processors)} processors, Python {platform.python_version()}, "
-          f"{ssl.OPENSSL_VERSION}, {args.rounds} rounds")
+          f"{ssl.OPENSSL_VERSION}, {key_type()}, {args.rounds} rounds")
     results = {}
 
     def note(name, value):
@@ -83,6 +84,12 @@ def main():
     report(results)
 
 
+def key_type():
+    """Return what kind of keys the certificates have."""
+    text = subprocess.run(["openssl", "x509", "-in", CERT, "-noout", "-text"], stdout=subprocess.PIPE, check=True).stdout.decode()
+    return re.search(r"Public.Key: \(.*?\)|$", text)[0] + re.search(r"Public Key Algorithm: (\S+)|$", text)[0].replace("Public Key Algorithm:", "")
+
+
 def servers(folder):
     """Return the command and the port of each server to compare."""
     names = ["server_try", "s_server", "nginx"]
@@ -100,7 +107,7 @@ def servers(folder):
     if nginx and modules:
         with open(os.path.join(folder, "nginx.conf"), "w") as file:
             file.write(NGINX % dict(modules=modules[0], folder=folder, port=ports["nginx"], ca=CA, cert=CERT, key=KEY))
-        found["nginx"] = [nginx, "-c", file.name, "-e", os.path.join(folder, "error.log")]
+        found["nginx"] = [nginx, "-c", file.name]
     else:
         print("nginx with its stream module is not installed: left out")
     return {name: (command, ports[name]) for name, command in found.items()}

@@ -117,6 +117,28 @@ class Fresh(TestCase):
             self.assertNotEqual(old, new)
         self.openssl("verify", "-x509_strict", "-purpose", "sslserver", "-CAfile", CA, "auth/db1.internal.crt")
 
+    def test_revoke(self):
+        make(self.folder, "certs", "alt-certs", "odd-certs", FAST, "ORGANIZATION=/O=Café")
+        make(self.folder, "client-cert", "NAME=laptop7", FAST, "ORGANIZATION=/O=Café")
+        make(self.folder, "client-cert", "NAME=laptop70", FAST, "ORGANIZATION=/O=Café")
+        make(self.folder, "renew")
+
+        def revoked():
+            with open(os.path.join(self.folder, "auth/test-ca/index.txt"), encoding="utf-8") as index:
+                return [line.rpartition("CN=")[2].strip() for line in index if line.startswith("R")]
+
+        for name in "alt-client", "self-signed", "expired-client", "nobody", "", "a b", "../client":
+            make(self.folder, "revoke", f"NAME={name}", status=2)
+        self.assertEqual(revoked(), [])
+        make(self.folder, "revoke", "NAME=laptop7")
+        self.assertEqual(revoked(), ["laptop7", "laptop7"])
+        make(self.folder, "revoke", "NAME=laptop7")
+        make(self.folder, "revoke", "NAME=server")
+        self.assertEqual(set(revoked()), {"laptop7", "example.com"})
+        text = self.openssl("crl", "-in", "auth/test-ca/test-ca.crl", "-noout", "-text")
+        self.assertIn("Version 2", text)
+        self.assertEqual(text.count("Revocation Date"), len(revoked()))
+
     def test_variables(self):
         make(self.folder, "certs", FAST, "SERIAL=ABCD", "DAYS=3", "CA_DAYS=5", "ORGANIZATION=/O=Ours")
         text = self.openssl("x509", "-noout", "-text", "-in", CLIENT[0])
