@@ -277,6 +277,8 @@ class Changing(TestCase):
                 self.assertEqual((status, output), (1, ""))
                 self.assertOneLine(errors, f"{script}: {crl}: {reason}")
 
+        with open(self.path("auth/alt-ca/crlnumber"), "w") as file:
+            file.write("01\n")
         alt = ["openssl", "ca", "-config", "auth/test-ca.conf", "-cert", "auth/alt-ca/alt-ca.cert", "-keyfile",
                "auth/alt-ca/alt-ca.key", "-gencrl"]
         self.assertEqual(run(*alt, "-crldays", "1", "-out", "alt.crl", folder=self.folder, env={**os.environ, "CA": "alt-ca"})[0], 0)
