@@ -26,11 +26,11 @@ help:
 	@echo 'make client-cert NAME=laptop7       the certificate of another client'
 	@echo 'make odd-certs                      expired, not yet valid, self-signed: to be turned away'
 	@echo 'make renew                          new certificates for the same keys'
-	@echo 'make revoke NAME=laptop7            no more trust in its certificates, and a new CRL'
+	@echo 'make revoke NAME=laptop7            revoke its certificates, and make a new CRL'
 	@echo 'make crl                            a new CRL, before the old one expires'
 	@echo 'make demo                           watch a server and a client talk (PORT=$(PORT))'
 	@echo 'make test                           run the tests'
-	@echo 'make bench                          measure what they cost, beside nginx and s_server'
+	@echo 'make bench                          measure what connections cost, here and elsewhere'
 	@echo 'make clean                          remove everything made'
 
 certs: auth/test-ca/test-ca.cert auth/client.key auth/client.req auth/client.crt \
@@ -118,11 +118,12 @@ renew:
 	    $(MAKE) -W "auth/$${name#alt-}.req" EXTENSIONS=$${role}_cert "$$crt" || exit; \
 	done
 
-# All that was ever issued to that subject: an older certificate serves a thief as well. Without its
-# request `make renew` passes it over, and a new certificate will be for a new key. To be sure that
-# it is found, the subject is read from the records, by the serial number of the certificate.
+# Every certificate ever issued to this subject: an older one serves a thief as well. The subject is
+# looked up in the CA's records, by serial number. The request goes, so that `make renew` passes the
+# certificate over, and a new one is for a new key.
 revoke:
 	@case '$(NAME)' in client | server) ;; *) $(MAKE) -s check-name NAME='$(NAME)';; esac
+	@test -f 'auth/$(NAME).crt' || { echo 'auth/$(NAME).crt: no such certificate'; exit 1; }
 	@serial=$$($(OPENSSL) x509 -noout -serial -in './auth/$(NAME).crt') || exit; \
 	serials=$$(awk -F '\t' -v serial="$${serial#serial=}" \
 	    'NR == FNR {if ($$4 == serial) subject = $$6; next} \
@@ -136,6 +137,7 @@ revoke:
 	@$(MAKE) crl
 crl: auth/test-ca/test-ca.crl
 auth/test-ca/test-ca.crl: FORCE
+	@test -f auth/test-ca/test-ca.key || { echo 'no CA here: make certs comes first'; exit 1; }
 	test -f auth/test-ca/crlnumber || echo 01 > auth/test-ca/crlnumber
 	$(CA_COMMAND) -gencrl -crldays $(CRL_DAYS) -out $@
 FORCE:
@@ -149,6 +151,7 @@ demo: certs
 	{ \
 	    read -r line; echo "server: $$line"; \
 	    case $$line in 'listening on '*) ;; *) sed 's/^/server: /'; echo 'make demo PORT=0 takes any free port'; exit 1;; esac; \
+	    read -r expiry; echo "server: $$expiry"; \
 	    client=$$(./client_try --port "$${line##*:}" \
 	        auth/test-ca/test-ca.cert auth/client.crt auth/client.key 2>&1); status=$$?; \
 	    echo "$$client" | sed 's/^/client: /'; \
