@@ -160,7 +160,7 @@ demo: certs
 	wait $$server && exit $$status
 
 test:
-	$(PYTHON) -m unittest discover -s tests
+	$(PYTHON) -m unittest discover -v -s tests
 
 bench: certs
 	$(PYTHON) tests/bench.py
