@@ -1,14 +1,18 @@
 """Stopping, reloading, expiry and revocation."""
 
+import array
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
+import unittest
 
 from support import (CA, CLIENT, PATIENCE, ROOT, SERVER, Process, Project, Server, TestCase, client, connection, copy_project, make,
                      receive_all, run, temporary_folder)
@@ -64,14 +68,21 @@ class Stopping(TestCase):
             self.assertEqual(server.end(), -signal.SIGINT)
             self.assertNotIn("Traceback", server.log())
 
+    @unittest.skipUnless(sys.platform == "linux", "the size of a pipe is Linux's to set")
     def test_in_time_even_where_nobody_reads_the_log(self):
         reader, writer = os.pipe()
+        size = fcntl.fcntl(writer, 1031, 4096)  # F_SETPIPE_SZ, which Python names from 3.10 on
         with subprocess.Popen([sys.executable, os.path.join(ROOT, "server_try"), "--port", "0", CA, *SERVER],
                               cwd=Project.get(), stderr=writer) as process:
             try:
                 os.close(writer)
                 port = int(os.read(reader, 1000).splitlines()[0].rpartition(b":")[2])
-                for _ in range(2000):  # two lines each are more than a pipe holds
+                deadline = time.monotonic() + PATIENCE
+                waiting = array.array("i", [0])
+                while waiting[0] < size - 200 and time.monotonic() < deadline:
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    fcntl.ioctl(reader, termios.FIONREAD, waiting)
+                for _ in range(100):
                     socket.create_connection(("127.0.0.1", port)).close()
                 process.terminate()
                 self.assertEqual(process.wait(PATIENCE), 0)
@@ -188,7 +199,12 @@ class Changing(TestCase):
     def test_strange_certificates(self):
         """Signed by our CA, and yet nothing that is in them is logged raw."""
         make(self.folder, "client-cert", "NAME=laptop7")
-        for options, extension, shown in [(["-set_serial", "0x7f" + "ff" * 200], "", r"serial 7FFF"),
+        subject = self.path("escape.req")
+        status, _, errors = run("openssl", "req", "-config", "auth/test-ca.conf", "-new", "-key", LAPTOP[1], "-utf8",
+                                "-subj", "/CN=\x1b[31mred\u202e", "-out", subject, folder=self.folder)
+        self.assertEqual(status, 0, errors)
+        for options, extension, shown in [(["-set_serial", "0x7f" + "ff" * 200], "", r"\(serial 7F{39}\), TLS"),
+                                          (["-in", subject, "-set_serial", "7"], "", r"CN=\\x1b\[31mred\\u202e \(serial 07\)"),
                                           ([], "subjectAltName=DER:30:03:82:01:ff", "names in its certificate cannot be read")]:
             with open(self.path("extensions"), "w") as file:
                 file.write(extension)
@@ -269,8 +285,13 @@ class Changing(TestCase):
         with open(self.path("junk"), "wb") as file:
             file.write(os.urandom(500))
         open(self.path("empty"), "w").close()
+        make(self.folder, "crl")
+        with open(self.path("both"), "wb") as both:  # its certificate would be trusted as a CA's
+            for name in CRL, "auth/alt-ca/alt-ca.cert":
+                with open(self.path(name), "rb") as file:
+                    both.write(file.read())
         for crl, reason in [("missing", "No such file"), ("junk", ""), ("empty", ""), ("auth", "Is a directory"),
-                            ("auth/alt-ca/alt-ca.cert", "not a CRL"), (SERVER[1], "")]:
+                            ("auth/alt-ca/alt-ca.cert", "not a CRL"), (SERVER[1], ""), ("both", "not a CRL")]:
             for script in "server_try", "client_try":
                 status, output, errors = run(sys.executable, os.path.join(ROOT, script), "--port", "1", "--crl", crl, CA, *SERVER,
                                              folder=self.folder)
