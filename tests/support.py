@@ -33,10 +33,14 @@ def copy_project(folder):
     return folder
 
 
+def plain_environment():
+    """Return the environment without what the make that runs the tests would tell another make."""
+    return {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+
+
 def make(folder, *arguments, status=0):
     """Run make in a folder; return what it printed, after a check of its exit status."""
-    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    done = subprocess.run(["make", *arguments], cwd=folder, env=env, stdin=subprocess.DEVNULL,
+    done = subprocess.run(["make", *arguments], cwd=folder, env=plain_environment(), stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=PATIENCE)
     if done.returncode != status:
         raise AssertionError(f"make {arguments} ended with {done.returncode}:\n{done.stdout}")

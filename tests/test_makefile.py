@@ -8,10 +8,9 @@ import signal
 import socket
 import ssl
 import subprocess
-import time
 
-from support import (CA, CLIENT, PATIENCE, SERVER, Project, Server, TestCase, client, connection, copy_project, make, run,
-                     temporary_folder, tls_client)
+from support import (CA, CLIENT, SERVER, Project, Server, TestCase, client, connection, copy_project, make, run,
+                     temporary_folder)
 
 FAST = "NEWKEY=ec -pkeyopt ec_paramgen_curve:P-256"
 

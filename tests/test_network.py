@@ -6,7 +6,6 @@ import os
 import random
 import socket
 import ssl
-import threading
 import time
 
 from support import (CA, CLIENT, PATIENCE, SERVER, Process, Project, Relay, Server, TestCase, client, client_command,

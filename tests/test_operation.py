@@ -14,7 +14,7 @@ import threading
 import time
 import unittest
 
-from support import (CA, CLIENT, PATIENCE, ROOT, SERVER, Process, Project, Server, TestCase, client, connection, copy_project, make,
+from support import (CA, CLIENT, PATIENCE, ROOT, SERVER, Project, Server, TestCase, client, connection, copy_project, make,
                      receive_all, run, temporary_folder)
 
 CRL = "auth/test-ca/test-ca.crl"

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import unittest
 
-from support import PATIENCE, ROOT, Process, TestCase, copy_project, temporary_folder
+from support import PATIENCE, Process, TestCase, copy_project, plain_environment, temporary_folder
 
 ASIDE = [(r"\d{4}-\d\d-\d\d at \d\d:\d\d UTC", "DATE"), (r"\(serial \w+\)", "(serial N)"), (r"127\.0\.0\.1:\d+", "HOST:PORT"),
          (r"Revoking Certificate \w+", "Revoking Certificate N"), ("self signed", "self-signed")]
@@ -49,7 +49,7 @@ class Readme(TestCase):
                 file.write(text)
         bin_folder = temporary_folder()  # the scripts' python3 is this one
         os.symlink(sys.executable, os.path.join(bin_folder, "python3"))
-        self.env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+        self.env = plain_environment()
         self.env.update(PATH=bin_folder + os.pathsep + os.environ["PATH"], PYTHONIOENCODING="utf-8")
         self.server, self.seen, run = None, 0, 0
         try:

@@ -179,19 +179,18 @@ class Outputs(TestCase):
             self.assertEqual(run("sh", "-c", command, *client_command(server.port))[:2], (0, "42\n"))
 
     def test_nobody_reads_the_log_any_more(self):
-        with Server() as server:
-            reader, writer = os.pipe()
-            with subprocess.Popen([sys.executable, os.path.join(ROOT, "server_try"), "--port", "0", CA, *SERVER],
-                                  cwd=Project.get(), stderr=writer) as second:
-                try:
-                    os.close(writer)
-                    with open(reader, "rb") as log:
-                        port = int(log.readline().decode().rpartition(":")[2])
-                    for _ in range(3):
-                        self.assertEqual(client(port)[1], "42\n")
-                finally:
-                    second.terminate()
-            self.assertEqual(second.returncode, 0)
+        reader, writer = os.pipe()
+        with subprocess.Popen([sys.executable, os.path.join(ROOT, "server_try"), "--port", "0", CA, *SERVER],
+                              cwd=Project.get(), stderr=writer) as second:
+            try:
+                os.close(writer)
+                with open(reader, "rb") as log:
+                    port = int(log.readline().decode().rpartition(":")[2])
+                for _ in range(3):
+                    self.assertEqual(client(port)[1], "42\n")
+            finally:
+                second.terminate()
+        self.assertEqual(second.returncode, 0)
 
     def test_standard_output_closed(self):
         with Server() as server:

@@ -10,7 +10,7 @@ import ssl
 import time
 import unittest
 
-from support import (CA, PATIENCE, SERVER, Process, Project, Server, TestCase, client, client_command, connection,
+from support import (CA, PATIENCE, Process, Project, Server, TestCase, client, client_command, connection,
                      receive_all, reset, tls_client)
 
 PROC = os.path.isdir("/proc/self/fd")
@@ -28,6 +28,15 @@ def usage(server):
     with open(f"/proc/{pid}/status") as status:
         fields = dict(line.split(":\t", 1) for line in status)
     return len(os.listdir(f"/proc/{pid}/fd")), int(fields["Threads"]), int(fields["VmRSS"].split()[0])
+
+
+def queued(port):
+    """Return how many connections the kernel holds for a listening port until they are accepted."""
+    with open("/proc/net/tcp") as table:
+        for row in map(str.split, table):
+            if row[1].endswith(f":{port:04X}") and row[3] == "0A":
+                return int(row[4].partition(":")[2], 16)
+    return 0
 
 
 def client_hello():
@@ -68,7 +77,9 @@ class Crowds(TestCase):
         with Server("--max-clients", "2") as server:
             with connection(server.port), connection(server.port):
                 waiting = [Process(*client_command(server.port, "--timeout", str(PATIENCE))) for _ in range(4)]
-                time.sleep(0.5)
+                deadline = time.monotonic() + PATIENCE
+                while PROC and queued(server.port) < 4 and time.monotonic() < deadline:
+                    time.sleep(0.02)
                 self.assertEqual([process.process.poll() for process in waiting], [None] * 4)
                 self.assertEqual(len([line for line in server.lines if "accepted" in line]), 2)
             for process in waiting:
