@@ -54,7 +54,8 @@ auth/%.key auth/%.req:
 	    -subj "$(SUBJECT)" \
 	    -newkey $(NEWKEY) -nodes -keyout auth/$*.key -out auth/$*.req)
 
-# A certificate: the request, signed by a CA, which says what it is good for.
+# A certificate: the request, signed by a CA, which says what it is good for. The CA's own goes
+# along: OpenSSL would otherwise look for it, and verify it, anew for each handshake.
 auth/%.crt: auth/%.req auth/test-ca/test-ca.cert
 	$(SIGN)
 auth/alt-client.crt auth/alt-server.crt: auth/alt-%.crt: auth/%.req auth/alt-ca/alt-ca.cert
@@ -64,6 +65,7 @@ define SIGN
 CA=$(CA) SAN="$(SAN)" $(OPENSSL) ca -config auth/test-ca.conf -batch \
 	    -cert auth/$(CA)/$(CA).cert -keyfile auth/$(CA)/$(CA).key \
 	    -extensions $(EXTENSIONS) -in $< $(DATES) -out $@
+cat auth/$(CA)/$(CA).cert >> $@
 endef
 CA = test-ca
 DATES = -days $(DAYS)

@@ -40,8 +40,8 @@ stream { server {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--connections", type=int, default=400, help="of each server in each round")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--connections", type=int, default=100, help="of each server in each round")
     args = parser.parse_args()
     if not os.path.isdir("/proc/self"):
         sys.exit("bench: needs /proc, to see a server's processor time and memory")
@@ -61,25 +61,25 @@ def main():
         for number in range(args.rounds):
             progress(f"round {number + 1} of {args.rounds}: new connections")
             note("floor", handshake_in_memory())
-            for name, (pid, port) in running.items():
-                note(name, processor_time(pid, port, args.connections, 8))
-            for clients in 1, 50, 200:
-                note(f"server_try {clients}", processor_time(*running["server_try"], args.connections, clients))
+            todo = [(name, name, 8) for name in running] + [(f"server_try {clients}", "server_try", clients) for clients in (1, 50, 200)]
+            first = number % len(todo)  # each has its turn at being the first, when caches are cold
+            for what, name, clients in todo[first:] + todo[:first]:
+                note(what, processor_time(*running[name], args.connections, clients))
             progress(f"round {number + 1} of {args.rounds}: requests")
-            for name in "server_try", "s_server":
+            for name in ("server_try", "s_server")[:: -1 if number % 2 else 1]:
                 note(f"{name} one by one", one_by_one(running[name][1]))
             note("at once", all_at_once(running["server_try"][1]))
             progress(f"round {number + 1} of {args.rounds}: whole clients")
             port = running["server_try"][1]
-            for _ in range(5):
-                note("client_try", wall([sys.executable, os.path.join(ROOT, "client_try"), "--port", str(port), CA, *CLIENT]))
-                note("import", wall([sys.executable, "-c", "import ssl, socket"]))
+            note("client_try", wall([sys.executable, os.path.join(ROOT, "client_try"), "--port", str(port), CA, *CLIENT]))
+            note("import", wall([sys.executable, "-c", "import ssl, socket"]))
     with tempfile.TemporaryDirectory() as folder:
         progress("memory")
         for name, (command, port) in servers(folder).items():
             if name != "s_server":  # it serves one client at a time
                 with run(name, command, port, processors[0]) as (pid, port):
-                    results[f"{name} empty"], results[f"{name} idle"] = memory(pid, port)
+                    for what, figure in zip(("empty", "idle"), memory(pid, port)):
+                        note(f"{name} {what}", figure)
     progress("")
     report(results)
 
@@ -180,10 +180,10 @@ def seconds_used(pid):
 
 def processor_time(pid, port, connections, clients):
     """Return the server's processor seconds for a new connection with one request."""
-    context = client_context()
+    context, each = client_context(), max(1, connections // clients)
 
     def client():
-        for _ in range(connections // clients):
+        for _ in range(each):
             tls = connect(port, context)
             tls.sendall(b"41\n")
             tls.recv(10)
@@ -196,10 +196,10 @@ def processor_time(pid, port, connections, clients):
     for thread in threads:
         thread.join()
     time.sleep(0.05)  # for the last close
-    return (seconds_used(pid) - before) / (connections // clients * clients)
+    return (seconds_used(pid) - before) / (each * clients)
 
 
-def handshake_in_memory(count=200):
+def handshake_in_memory(count=50):
     """Return the processor seconds of the server's half of a handshake, with no socket at all."""
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -225,11 +225,12 @@ def handshake_in_memory(count=200):
     return statistics.median(times)
 
 
-def one_by_one(port, count=3000):
+def one_by_one(port, count=1000):
     """Return how many requests a second one connection gets answered, each sent after the last reply."""
     tls = connect(port, client_context())
-    begun = time.monotonic()
-    for _ in range(count):
+    for number in range(-count // 5, count):
+        if number == 0:  # both ends are warm by now
+            begun = time.monotonic()
         tls.sendall(b"41\n")
         tls.recv(10)
     seconds = time.monotonic() - begun
@@ -237,7 +238,7 @@ def one_by_one(port, count=3000):
     return count / seconds
 
 
-def all_at_once(port, batch=16000, batches=10):
+def all_at_once(port, batch=16000, batches=5):
     """Return how many requests a second one connection gets answered, sent thousands at once."""
     tls = connect(port, client_context())
     requests, size = b"41\n" * batch, 3 * batch
@@ -282,26 +283,30 @@ def memory(pid, port, clients=500):
 
 
 def report(results):
-    """Print the table: medians, and what they are to be compared with."""
+    """Print the table: medians, and the medians of each round's ratios."""
     def row(what, figure, ratio=""):
         print(f"| {what:<58} | {figure:>14} | {ratio:<36} |")
 
-    middle = {name: statistics.median(values) if isinstance(values, list) else values for name, values in results.items()}
-    ours = middle["server_try"]
+    def middle(name):
+        return statistics.median(results[name])
+
+    def times(name, *others):
+        return ", ".join(f"{statistics.median(a / b for a, b in zip(results[name], results[other])):.2f} × {other}"
+                         for other in others if other in results)
+
     row("what", "server_try", "beside")
     row("---", "---", "---")
-    beside = [f"{ours / middle[name]:.2f} × {name}" for name in ("nginx", "s_server") if name in middle]
-    row("server CPU a new connection with a request, 8 clients", f"{ours * 1000:.2f} ms", ", ".join(beside))
-    row("of that, the handshake alone, in memory", f"{middle['floor'] * 1000:.2f} ms", f"{middle['floor'] / ours:.0%}")
+    row("server CPU a new connection with a request, 8 clients", f"{middle('server_try') * 1000:.2f} ms",
+        times("server_try", "nginx", "s_server"))
+    row("of that, the handshake alone, in memory", f"{middle('floor') * 1000:.2f} ms", times("floor", "server_try"))
     row("the same with 1, 50, 200 clients at once", "", ", ".join(
-        f"{middle[f'server_try {clients}'] / ours:.2f}" for clients in (1, 50, 200)) + " × that")
-    rate = middle["server_try one by one"]
-    row("requests a second on one connection, one by one", f"{rate:,.0f}", f"{rate / middle['s_server one by one']:.2f} × s_server -rev")
-    row("requests a second on one connection, sent all at once", f"{middle['at once']:,.0f}")
-    row("memory before the first client", f"{middle['server_try empty'] / 1024:.1f} MB")
-    row("memory an idle client, of 500", f"{middle['server_try idle']:.0f} kB")
-    row("a whole client_try", f"{middle['client_try'] * 1000:.0f} ms",
-        f"{middle['client_try'] / middle['import']:.2f} × python3 -c 'import ssl, socket'")
+        times(f"server_try {clients}", "server_try").split()[0] for clients in (1, 50, 200)) + " × that")
+    row("requests a second on one connection, one by one", f"{middle('server_try one by one'):,.0f}",
+        times("server_try one by one", "s_server one by one"))
+    row("requests a second on one connection, sent all at once", f"{middle('at once'):,.0f}")
+    row("memory before the first client", f"{middle('server_try empty') / 1024:.1f} MB", times("server_try empty", "nginx empty"))
+    row("memory an idle client, of 500", f"{middle('server_try idle'):.0f} kB", times("server_try idle", "nginx idle"))
+    row("a whole client_try", f"{middle('client_try') * 1000:.0f} ms", times("client_try", "import"))
 
 
 if __name__ == "__main__":
