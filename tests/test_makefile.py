@@ -154,7 +154,8 @@ class Fresh(TestCase):
         self.assertEqual([name for name in listing(self.folder) if name.endswith((".key", ".cert"))], [])
         make(self.folder, "clean")
         process = subprocess.Popen(["make", "certs", "NEWKEY=rsa:8192"], cwd=self.folder, start_new_session=True,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         with process:
             process.stderr.read(1)  # openssl has begun
             os.killpg(process.pid, signal.SIGINT)

@@ -50,15 +50,20 @@ def client_hello():
 
 class Crowds(TestCase):
     def test_silent_and_idle_ones_hold_nobody_up(self):
-        with Server("--timeout", str(PATIENCE)) as server, contextlib.ExitStack() as stack:
-            silent = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(300)]
-            context = tls_client()
-            for _ in range(200):
-                stack.enter_context(connection(server.port, context))
-            self.assertEqual(client(server.port)[1], "42\n")
-            for stranger in silent:
-                stranger.setblocking(False)
-                self.assertRaises(BlockingIOError, stranger.recv, 1)  # still there
+        with Server("--timeout", str(PATIENCE)) as server:
+            with contextlib.ExitStack() as stack:
+                silent = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(300)]
+                context = tls_client()
+                for _ in range(200):
+                    stack.enter_context(connection(server.port, context))
+                self.assertEqual(client(server.port)[1], "42\n")
+                for stranger in silent:
+                    stranger.setblocking(False)
+                    self.assertRaises(BlockingIOError, stranger.recv, 1)  # still there
+            deadline = time.monotonic() + PATIENCE
+            while PROC and usage(server)[1] > 9:  # the main one, and 8 spare
+                self.assertLess(time.monotonic(), deadline, usage(server))
+                time.sleep(0.05)
 
     def test_handshake_ends_in_time_however_it_drips(self):
         with Server("--timeout", "2") as server, socket.create_connection(("127.0.0.1", server.port)) as stranger:
@@ -71,7 +76,7 @@ class Crowds(TestCase):
                         self.assertEqual(stranger.recv(1), b"")
                         break
             self.assertGreater(time.monotonic() - begun, 1.9)
-            server.wait_for("hung up on, not done within 2 s")
+            server.wait_for("hung up on, handshake not done within 2 s")
 
     def test_beyond_max_clients_they_wait(self):
         with Server("--max-clients", "2") as server:
