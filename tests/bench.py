@@ -2,16 +2,20 @@
 """Measure what server_try and client_try cost, beside other servers on the same work: `make bench`.
 
 All run in turn, round after round, on the same certificates; each server has one processor and
-the load another, where there are two. What to look at are the ratios: times differ from machine
-to machine, and from minute to minute.
+the load another, where there are two. nginx has the least to do: it answers without reading a
+request. What to look at are the ratios: times differ from machine to machine, and from minute to
+minute.
 """
 
 import argparse
+import collections
+import concurrent.futures
 import contextlib
 import os
 import platform
 import re
 import shutil
+import signal
 import socket
 import ssl
 import statistics
@@ -26,7 +30,7 @@ CA, CERT, KEY = (os.path.join(ROOT, "auth", name) for name in ("test-ca/test-ca.
 CLIENT = [os.path.join(ROOT, "auth", name) for name in ("client.crt", "client.key")]
 TRY = [sys.executable, os.path.join(ROOT, "server_try")]
 NGINX = """
-load_module "%(modules)s/ngx_stream_module.so";
+%(load_module)s
 daemon off; pid "%(folder)s/nginx.pid"; error_log stderr; worker_processes 1;
 events { worker_connections 2000; }
 stream { server {
@@ -43,12 +47,28 @@ def main():
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--connections", type=int, default=100, help="of each server in each round")
     args = parser.parse_args()
+    if min(args.rounds, args.connections) < 1:
+        parser.error("--rounds and --connections are 1 or more")
     if not os.path.isdir("/proc/self"):
         sys.exit("bench: needs /proc, to see a server's processor time and memory")
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:  # to stop the servers even so
+        signal.signal(number, lambda number, frame: sys.exit("bench: stopped"))
     processors = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, processors[-1:])  # the load's; servers() takes the first
+    os.sched_setaffinity(0, processors[-1:])  # the load's; the servers get the first
     print(f"{platform.system()} {platform.machine()}, {len(processors)} processors, Python {platform.python_version()}, "
           f"{ssl.OPENSSL_VERSION}, {key_type()}, {args.rounds} rounds")
+    if find_nginx() is None:
+        print("nginx with its stream module is not installed: left out")
+    try:
+        results = measure(args, processors[0])
+    except OSError as error:
+        sys.exit(f"bench: {error}")
+    progress("")
+    report(results)
+
+
+def measure(args, processor):
+    """Return the figures of each thing measured, a list for each; servers run on one processor."""
     results = {}
 
     def note(name, value):
@@ -56,7 +76,7 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         commands = servers(folder)
-        running = {name: stack.enter_context(run(name, command, port, processors[0]))
+        running = {name: stack.enter_context(run(name, command, port, processor))
                    for name, (command, port) in commands.items()}
         for number in range(args.rounds):
             progress(f"round {number + 1} of {args.rounds}: new connections")
@@ -75,13 +95,9 @@ def main():
             note("import", wall([sys.executable, "-c", "import ssl, socket"]))
     with tempfile.TemporaryDirectory() as folder:
         progress("memory")
-        for name, (command, port) in servers(folder).items():
-            if name != "s_server":  # it serves one client at a time
-                with run(name, command, port, processors[0]) as (pid, port):
-                    for what, figure in zip(("empty", "idle"), memory(pid, port)):
-                        note(f"{name} {what}", figure)
-    progress("")
-    report(results)
+        with run("server_try", *servers(folder)["server_try"], processor) as (pid, port):
+            results["empty"], results["idle"] = ([figure] for figure in memory(pid, port))
+    return results
 
 
 def key_type():
@@ -101,16 +117,24 @@ def servers(folder):
         "s_server": ["openssl", "s_server", "-quiet", "-rev", "-tls1_3", "-num_tickets", "0", "-Verify", "1",
                      "-verify_return_error", "-CAfile", CA, "-cert", CERT, "-key", KEY, "-accept", str(ports["s_server"])],
     }
-    modules = [path for path in ("/usr/lib/nginx/modules", "/usr/share/nginx/modules", "/usr/lib64/nginx/modules")
-               if os.path.exists(path + "/ngx_stream_module.so")]
-    nginx = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
-    if nginx and modules:
+    if find_nginx() is not None:
+        nginx, load_module = find_nginx()
         with open(os.path.join(folder, "nginx.conf"), "w") as file:
-            file.write(NGINX % dict(modules=modules[0], folder=folder, port=ports["nginx"], ca=CA, cert=CERT, key=KEY))
+            file.write(NGINX % dict(load_module=load_module, folder=folder, port=ports["nginx"], ca=CA, cert=CERT, key=KEY))
         found["nginx"] = [nginx, "-c", file.name]
-    else:
-        print("nginx with its stream module is not installed: left out")
     return {name: (command, ports[name]) for name, command in found.items()}
+
+
+def find_nginx():
+    """Return nginx's path and what its configuration needs for the stream module; None without them."""
+    nginx = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
+    if nginx:
+        if "--with-stream " in subprocess.run([nginx, "-V"], stderr=subprocess.PIPE).stderr.decode() + " ":
+            return nginx, ""
+        for folder in "/usr/lib/nginx/modules", "/usr/share/nginx/modules", "/usr/lib64/nginx/modules":
+            if os.path.exists(folder + "/ngx_stream_module.so"):
+                return nginx, f'load_module "{folder}/ngx_stream_module.so";'
+    return None
 
 
 @contextlib.contextmanager
@@ -120,7 +144,9 @@ def run(name, command, port, processor):
                                preexec_fn=lambda: os.sched_setaffinity(0, [processor]))
     with process:
         # What it logs is read, as a journal would, on the load's processor.
-        threading.Thread(target=process.stderr.read, daemon=True).start()
+        last = collections.deque(maxlen=1)
+        reader = threading.Thread(target=last.extend, args=[process.stderr], daemon=True)
+        reader.start()
         try:
             deadline = time.monotonic() + 10
             while True:
@@ -129,11 +155,13 @@ def run(name, command, port, processor):
                     break
                 except ConnectionRefusedError:
                     if process.poll() is not None or time.monotonic() > deadline:
-                        sys.exit(f"bench: {name} does not start")
+                        reader.join(1)
+                        sys.exit(f"bench: {name} does not start: {b''.join(last).decode().strip()}")
                     time.sleep(0.02)
             yield process.pid, port
         finally:
             process.terminate()
+            reader.join()
 
 
 def progress(text):
@@ -155,6 +183,14 @@ def connect(port, context):
     return context.wrap_socket(raw, server_hostname="example.com")
 
 
+def ask(tls):
+    """Send 41, and see that an answer comes; it is 42, or from `s_server -rev` 14."""
+    tls.sendall(b"41\n")
+    answer = tls.recv(10)
+    if answer not in (b"42\n", b"14\n"):
+        raise OSError(f"a server answered {answer!r}")
+
+
 def close(tls):
     """Close as client_try does: with a close_notify, not waiting for the server's."""
     with contextlib.suppress(OSError):
@@ -169,32 +205,26 @@ def processes(pid):
 
 
 def seconds_used(pid):
-    """Return the processor time of a process and its children so far, in seconds."""
-    total = 0
-    for one in processes(pid):
-        for thread in os.listdir(f"/proc/{one}/task"):  # finer than the ticks of /proc/PID/stat
-            with open(f"/proc/{one}/task/{thread}/schedstat") as schedstat:
-                total += int(schedstat.read().split()[0])
-    return total / 1e9
+    """Return the processor time of a process, its children and all their threads so far, in seconds."""
+    # What clock_getcpuclockid(3) returns: finer than the ticks of /proc/PID/stat.
+    return sum(time.clock_gettime(~one << 3 | 2) for one in processes(pid))
 
 
 def processor_time(pid, port, connections, clients):
     """Return the server's processor seconds for a new connection with one request."""
     context, each = client_context(), max(1, connections // clients)
+    start = threading.Barrier(clients)
 
-    def client():
+    def client(_):
+        start.wait()
         for _ in range(each):
             tls = connect(port, context)
-            tls.sendall(b"41\n")
-            tls.recv(10)
+            ask(tls)
             close(tls)
 
     before = seconds_used(pid)
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        list(pool.map(client, range(clients)))
     time.sleep(0.05)  # for the last close
     return (seconds_used(pid) - before) / (each * clients)
 
@@ -231,8 +261,7 @@ def one_by_one(port, count=1000):
     for number in range(-count // 5, count):
         if number == 0:  # both ends are warm by now
             begun = time.monotonic()
-        tls.sendall(b"41\n")
-        tls.recv(10)
+        ask(tls)
     seconds = time.monotonic() - begun
     close(tls)
     return count / seconds
@@ -247,7 +276,10 @@ def all_at_once(port, batch=16000, batches=5):
         tls.sendall(requests)
         received = 0
         while received < size:
-            received += len(tls.recv(65536))
+            part = tls.recv(65536)
+            if not part:
+                raise OSError("a server hung up")
+            received += len(part)
     seconds = time.monotonic() - begun
     close(tls)
     return batch * batches / seconds
@@ -273,9 +305,7 @@ def memory(pid, port, clients=500):
     for _ in range(clients):
         tls = connect(port, context)
         connections.append(tls)
-        if "nginx" not in open(f"/proc/{pid}/comm").read():
-            tls.sendall(b"41\n")
-            tls.recv(10)
+        ask(tls)
     each = (resident() - empty) / clients
     for tls in connections:
         close(tls)
@@ -304,8 +334,8 @@ def report(results):
     row("requests a second on one connection, one by one", f"{middle('server_try one by one'):,.0f}",
         times("server_try one by one", "s_server one by one"))
     row("requests a second on one connection, sent all at once", f"{middle('at once'):,.0f}")
-    row("memory before the first client", f"{middle('server_try empty') / 1024:.1f} MB", times("server_try empty", "nginx empty"))
-    row("memory an idle client, of 500", f"{middle('server_try idle'):.0f} kB", times("server_try idle", "nginx idle"))
+    row("memory before the first client", f"{middle('empty') / 1024:.1f} MB")
+    row("memory an idle client, of 500", f"{middle('idle'):.0f} kB")
     row("a whole client_try", f"{middle('client_try') * 1000:.0f} ms", times("client_try", "import"))
 
 
