@@ -57,8 +57,6 @@ def main():
     os.sched_setaffinity(0, processors[-1:])  # the load's; the servers get the first
     print(f"{platform.system()} {platform.machine()}, {len(processors)} processors, Python {platform.python_version()}, "
           f"{ssl.OPENSSL_VERSION}, {key_type()}, {args.rounds} rounds")
-    if find_nginx() is None:
-        print("nginx with its stream module is not installed: left out")
     try:
         results = measure(args, processors[0])
     except OSError as error:
@@ -93,10 +91,11 @@ def measure(args, processor):
             port = running["server_try"][1]
             note("client_try", wall([sys.executable, os.path.join(ROOT, "client_try"), "--port", str(port), CA, *CLIENT]))
             note("import", wall([sys.executable, "-c", "import ssl, socket"]))
-    with tempfile.TemporaryDirectory() as folder:
-        progress("memory")
-        with run("server_try", *servers(folder)["server_try"], processor) as (pid, port):
-            results["empty"], results["idle"] = ([figure] for figure in memory(pid, port))
+    progress("memory")
+    with run("server_try", *commands["server_try"], processor) as (pid, port):
+        empty, idle = memory(pid, port)
+    note("empty", empty)
+    note("idle", idle)
     return results
 
 
@@ -117,16 +116,18 @@ def servers(folder):
         "s_server": ["openssl", "s_server", "-quiet", "-rev", "-tls1_3", "-num_tickets", "0", "-Verify", "1",
                      "-verify_return_error", "-CAfile", CA, "-cert", CERT, "-key", KEY, "-accept", str(ports["s_server"])],
     }
-    if find_nginx() is not None:
-        nginx, load_module = find_nginx()
+    nginx, load_module = find_nginx()
+    if nginx:
         with open(os.path.join(folder, "nginx.conf"), "w") as file:
             file.write(NGINX % dict(load_module=load_module, folder=folder, port=ports["nginx"], ca=CA, cert=CERT, key=KEY))
         found["nginx"] = [nginx, "-c", file.name]
+    else:
+        print("nginx with its stream module is not installed: left out")
     return {name: (command, ports[name]) for name, command in found.items()}
 
 
 def find_nginx():
-    """Return nginx's path and what its configuration needs for the stream module; None without them."""
+    """Return nginx's path and what its configuration needs for the stream module; None and None without them."""
     nginx = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
     if nginx:
         if "--with-stream " in subprocess.run([nginx, "-V"], stderr=subprocess.PIPE).stderr.decode() + " ":
@@ -134,7 +135,7 @@ def find_nginx():
         for folder in "/usr/lib/nginx/modules", "/usr/share/nginx/modules", "/usr/lib64/nginx/modules":
             if os.path.exists(folder + "/ngx_stream_module.so"):
                 return nginx, f'load_module "{folder}/ngx_stream_module.so";'
-    return None
+    return None, None
 
 
 @contextlib.contextmanager
@@ -295,11 +296,8 @@ def wall(command):
 def memory(pid, port, clients=500):
     """Return the kB resident before the first client, and how many each idle one adds."""
     def resident():
-        total = 0
-        for one in processes(pid):
-            with open(f"/proc/{one}/status") as status:
-                total += int(status.read().partition("VmRSS:")[2].split()[0])
-        return total
+        with open(f"/proc/{pid}/status") as status:
+            return int(status.read().partition("VmRSS:")[2].split()[0])
 
     empty, context, connections = resident(), client_context(), []
     for _ in range(clients):
