@@ -162,7 +162,7 @@ demo: certs
 	wait $$server && exit $$status
 
 test:
-	$(PYTHON) -m unittest discover -v -s tests
+	$(PYTHON) tests
 
 bench: certs
 	$(PYTHON) tests/bench.py

@@ -19,6 +19,7 @@ import unittest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PATIENCE = 60  # seconds that anything may take on a loaded machine before a test calls it stuck
 
+FAST = "NEWKEY=ec -pkeyopt ec_paramgen_curve:P-256 -pkeyopt ec_param_enc:named_curve"
 CA = "auth/test-ca/test-ca.cert"
 SERVER = ("auth/server.crt", "auth/server.key")
 CLIENT = ("auth/client.crt", "auth/client.key")
@@ -47,6 +48,28 @@ def make(folder, *arguments, status=0):
     return done.stdout
 
 
+def wait_until(condition, seconds=PATIENCE):
+    """Wait until condition() is true; fail if that takes longer."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError("it does not come to pass")
+        time.sleep(0.02)
+
+
+def shortened(script, **constants):
+    """Return the path of a copy of a script with other constants, so that nobody waits a minute."""
+    with open(os.path.join(ROOT, script), encoding="utf-8") as file:
+        text = file.read()
+    for name, value in constants.items():
+        text, changed = re.subn(rf"(?m)^{name} = \S+", f"{name} = {value}", text)
+        assert changed == 1, name
+    path = os.path.join(temporary_folder(), script)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    return path
+
+
 def temporary_folder():
     """Return a new folder that goes when the tests end."""
     folder = tempfile.mkdtemp(prefix="server_try-")
@@ -63,7 +86,7 @@ class Project:
     def get(cls):
         if cls.folder is None:
             folder = copy_project(os.path.join(temporary_folder(), "a path with spaces"))
-            make(folder, "-j8", "certs", "alt-certs", "odd-certs")
+            make(folder, "-j8", FAST, "certs", "alt-certs", "odd-certs")
             cls.folder = folder
         return cls.folder
 
@@ -127,8 +150,8 @@ class Process:
 class Server(Process):
     """server_try on a free port, listening."""
 
-    def __init__(self, *arguments, files=(CA, *SERVER), **options):
-        super().__init__(sys.executable, os.path.join(ROOT, "server_try"), "--port", "0", *arguments, *files, **options)
+    def __init__(self, *arguments, files=(CA, *SERVER), script=os.path.join(ROOT, "server_try"), **options):
+        super().__init__(sys.executable, script, "--port", "0", *arguments, *files, **options)
         try:
             self.port = int(self.wait_for(r"^listening on .*:(\d+)$").group(1))
         except AssertionError:
@@ -157,13 +180,26 @@ def run(*command, folder=None, **options):
     return done.returncode, done.stdout.decode(), done.stderr.decode("utf-8", "backslashreplace")
 
 
-def tls_client(certificate=CLIENT, ca=CA):
-    """Return a client's context of the ssl module, with its verification on."""
-    folder = Project.get()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(os.path.join(folder, ca))
+def tls_context(protocol, certificate, folder=None):
+    """Return a context of the ssl module as the scripts have it, with its verification on."""
+    folder = folder or Project.get()
+    context = ssl.SSLContext(protocol)
+    context.verify_mode = ssl.CERT_REQUIRED
+    if ssl.OPENSSL_VERSION_INFO < (3, 5):
+        context.set_ecdh_curve("prime256v1")
+    context.load_verify_locations(os.path.join(folder, CA))
     if certificate:
         context.load_cert_chain(*(os.path.join(folder, name) for name in certificate))
+    return context
+
+
+def tls_client(certificate=CLIENT, folder=None):
+    return tls_context(ssl.PROTOCOL_TLS_CLIENT, certificate, folder)
+
+
+def tls_server(certificate=SERVER, folder=None):
+    context = tls_context(ssl.PROTOCOL_TLS_SERVER, certificate, folder)
+    context.num_tickets = 0
     return context
 
 

@@ -9,10 +9,8 @@ import socket
 import ssl
 import subprocess
 
-from support import (CA, CLIENT, SERVER, Project, Server, TestCase, client, connection, copy_project, make, run,
+from support import (CA, CLIENT, FAST, SERVER, Project, Server, TestCase, client, connection, copy_project, make, run,
                      temporary_folder)
-
-FAST = "NEWKEY=ec -pkeyopt ec_paramgen_curve:P-256"
 
 
 def listing(folder):

@@ -2,14 +2,13 @@
 
 import concurrent.futures
 import contextlib
-import os
 import random
 import socket
 import ssl
 import time
 
-from support import (CA, CLIENT, PATIENCE, SERVER, Process, Project, Relay, Server, TestCase, client, client_command,
-                     receive_all, reset, tls_client)
+from support import (CA, CLIENT, PATIENCE, Process, Relay, Server, TestCase, client, client_command, receive_all, reset,
+                     tls_client, tls_server)
 
 
 class BadNetworks(TestCase):
@@ -81,7 +80,7 @@ class BadNetworks(TestCase):
 
     def test_reason_of_a_refusal_arrives_over_a_slow_line(self):
         def slow(data, passed, to_client):
-            time.sleep(0.5)
+            time.sleep(0.15)
             return data
         with Server() as server, Relay(server.port, slow) as relay:
             for files, reason in [((CA,), "certificate required"),
@@ -111,12 +110,9 @@ class BadServers(TestCase):
     """They have a certificate that our CA vouches for; that is no reason to trust what they say."""
 
     def against(self, behave, *arguments):
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_verify_locations(os.path.join(Project.get(), CA))
-        context.load_cert_chain(*(os.path.join(Project.get(), name) for name in SERVER))
-        context.verify_mode = ssl.CERT_REQUIRED
+        context = tls_server()
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            with Process(*client_command(listener.getsockname()[1], "--timeout", "2", *arguments)) as process:
+            with Process(*client_command(listener.getsockname()[1], "--timeout", "1", *arguments)) as process:
                 raw, _ = listener.accept()
                 with context.wrap_socket(raw, server_side=True) as tls, contextlib.suppress(OSError):
                     tls.recv(100)
@@ -127,12 +123,12 @@ class BadServers(TestCase):
         return status, output, process.lines[-2]
 
     def test_no_reply_to_trust(self):
-        for reply in [b"\n", b"forty-two\n", b"42 \n", b"\x1b[31m42\n", b"4_2\n", "٤٢\n".encode(), b"\xff\n", b"42\n43\n", b"42\r\n", b"42\x00\n",
-                      b"error: not today\n", b"error: \x1b]0;owned\x07\n", b"42", b"", b"-\n", b"4\n2\n" * 100]:
+        for reply in [b"\n", b"forty-two\n", b"42 \n", b"\x1b[31m42\n", b"4_2\n", "٤٢\n".encode(), b"\xff\n", b"42\r\n", b"42\x00\n",
+                      b"error: not today\n", b"error: \x1b]0;owned\x07\n", b"42", b"", b"-\n"]:
             with self.subTest(reply):
                 status, output, problem = self.against(lambda tls: tls.sendall(reply))
                 self.assertEqual((status, output), (1, b""))
-                self.assertRegex(problem, "no integer|hung up before a whole reply came")
+                self.assertRegex(problem, "bad reply: b|hung up, no reply$")
 
     def test_nothing_is_printed_unless_all_is_well(self):
         def second_is_bad(tls):
@@ -147,7 +143,7 @@ class BadServers(TestCase):
                 tls.sendall(b"9" * 10000)
         status, output, problem = self.against(digits)
         self.assertEqual((status, output), (1, b""))
-        self.assertIn("the reply is too long", problem)
+        self.assertIn("bad reply: b'9999", problem)
 
     def test_digits_that_drip_and_silence(self):
         def drip(tls):
@@ -158,8 +154,8 @@ class BadServers(TestCase):
             begun = time.monotonic()
             status, output, problem = self.against(behave)
             self.assertEqual((status, output), (1, b""))
-            self.assertIn("no answer within 2 s", problem)
-            self.assertGreater(time.monotonic() - begun, 1.9)
+            self.assertIn("no answer within 1 s", problem)
+            self.assertGreater(time.monotonic() - begun, 0.9)
 
     def test_reply_that_comes_in_pieces_is_put_together(self):
         def pieces(tls):

@@ -15,7 +15,7 @@ import time
 import unittest
 
 from support import (CA, CLIENT, PATIENCE, ROOT, SERVER, Project, Server, TestCase, client, connection, copy_project, make,
-                     receive_all, run, temporary_folder)
+                     receive_all, run, shortened, temporary_folder)
 
 CRL = "auth/test-ca/test-ca.crl"
 LAPTOP = ("auth/laptop7.crt", "auth/laptop7.key")
@@ -72,7 +72,7 @@ class Stopping(TestCase):
     def test_in_time_even_where_nobody_reads_the_log(self):
         reader, writer = os.pipe()
         size = fcntl.fcntl(writer, 1031, 4096)  # F_SETPIPE_SZ, which Python names from 3.10 on
-        with subprocess.Popen([sys.executable, os.path.join(ROOT, "server_try"), "--port", "0", CA, *SERVER],
+        with subprocess.Popen([sys.executable, shortened("server_try", STOP_SECONDS=1), "--port", "0", CA, *SERVER],
                               cwd=Project.get(), stderr=writer) as process:
             try:
                 os.close(writer)
@@ -85,7 +85,7 @@ class Stopping(TestCase):
                 for _ in range(100):
                     socket.create_connection(("127.0.0.1", port)).close()
                 process.terminate()
-                self.assertEqual(process.wait(PATIENCE), 0)
+                self.assertEqual(process.wait(PATIENCE), -signal.SIGALRM)
             finally:
                 process.kill()
                 os.close(reader)
@@ -127,20 +127,20 @@ class Changing(TestCase):
 
     def test_reload(self):
         server = self.serve()
-        server.wait_for(r"^auth/server.crt expires on 20\d\d-\d\d-\d\d at \d\d:\d\d UTC$")
+        server.wait_for(r"^trusting .*OU=Trust Me, CN=example.com.* \(serial \w+, until \w+ .* GMT\)$")
         first = self.client(server)[2]
         with connection(server.port) as tls:
             make(self.folder, "renew")
             self.assertIn(first.splitlines()[0], self.client(server)[2])
             self.reload(server, "^reloaded")
-            server.wait_for(r"^auth/server.crt expires on ")
+            server.wait_for(r"^trusting .*OU=Trust Me")
             status, output, errors = self.client(server)
             self.assertEqual((status, output), (0, "42\n"))
             self.assertNotEqual(first.splitlines()[0], errors.splitlines()[0])
             tls.sendall(b"1\n")
             self.assertEqual(tls.recv(10), b"2\n")
-        for good, bad, says in [(SERVER[1], CLIENT[1], "auth/server.key: not usable as the private key of auth/server.crt"),
-                                (SERVER[0], None, "auth/server.crt: No such file"), (CA, SERVER[1], "test-ca.cert: ")]:
+        for good, bad, says in [(SERVER[1], CLIENT[1], "auth/server.crt and auth/server.key: key values mismatch"),
+                                (SERVER[0], None, "auth/server.crt and auth/server.key: No such file"), (CA, SERVER[1], "test-ca.cert: ")]:
             os.rename(self.path(good), self.path("kept"))
             if bad:
                 shutil.copy(self.path(bad), self.path(good))
@@ -173,7 +173,7 @@ class Changing(TestCase):
 
     def test_many_reloads_at_once_and_then_a_stop(self):
         server = self.serve()
-        server.wait_for("expires")
+        server.wait_for("trusting")
         for _ in range(3000):
             server.process.send_signal(signal.SIGHUP)
         self.assertEqual(server.stop(), 0)
@@ -203,9 +203,9 @@ class Changing(TestCase):
         status, _, errors = run("openssl", "req", "-config", "auth/test-ca.conf", "-new", "-key", LAPTOP[1], "-utf8",
                                 "-subj", "/CN=\x1b[31mred\u202e", "-out", subject, folder=self.folder)
         self.assertEqual(status, 0, errors)
-        for options, extension, shown in [(["-set_serial", "0x7f" + "ff" * 200], "", r"\(serial 7F{39}\), TLS"),
-                                          (["-in", subject, "-set_serial", "7"], "", r"CN=\\x1b\[31mred\\u202e \(serial 07\)"),
-                                          ([], "subjectAltName=DER:30:03:82:01:ff", "names in its certificate cannot be read")]:
+        for options, extension, shown in [(["-set_serial", "0x7f" + "ff" * 200], "", r"\(serial 7F{39}, until "),
+                                          (["-in", subject, "-set_serial", "7"], "", r"CN=\\x1b\[31mred\\u202e \(serial 07, until "),
+                                          ([], "subjectAltName=DER:30:03:82:01:ff", "turned away: .utf-8. codec can.t decode byte")]:
             with open(self.path("extensions"), "w") as file:
                 file.write(extension)
             command = ["openssl", "x509", "-req", "-in", "auth/laptop7.req", "-CA", CA, "-CAkey", "auth/test-ca/test-ca.key",
@@ -218,19 +218,9 @@ class Changing(TestCase):
             self.assertRegex(line, r"\A[ -~]{1,400}\Z")
             self.assertEqual(self.client(server)[:2], (0, "42\n"))
 
-    def test_expiry_is_told_in_time(self):
-        make(self.folder, "renew", "DAYS=6")
-        server = self.serve()
-        server.wait_for("^auth/server.crt expires in less than a week, on ")
-        self.assertIn("auth/client.crt expires in less than a week, on ", self.client(server)[2])
-        make(self.folder, "renew", "DAYS=8")
-        self.reload(server, "^auth/server.crt expires on ")
-        self.assertNotIn("expires", self.client(server)[2])
-
     def test_expired_and_not_yet_valid_at_each_end(self):
         expired = ("auth/expired-server.crt", SERVER[1])
         server = self.serve(files=(CA, *expired))
-        server.wait_for("^auth/expired-server.crt has expired, on 2020-01-31 at 00:00 UTC$")
         status, output, errors = self.client(server)
         self.assertEqual((status, output), (1, ""))
         self.assertRegex(errors, "turned away: certificate verify failed: certificate has expired$")
@@ -238,12 +228,11 @@ class Changing(TestCase):
         server = self.serve()
         status, output, errors = self.client(server, files=(CA, "auth/expired-client.crt", CLIENT[1]))
         self.assertEqual((status, output), (1, ""))
-        self.assertRegex(errors, "(?m)^auth/expired-client.crt has expired, on 2020-01-31 at 00:00 UTC$")
         self.assertRegex(errors, "turned us away: certificate expired$")
         server.wait_for("turned away: certificate verify failed: certificate has expired$")
         status, output, errors = self.client(server, files=(CA, "auth/future-client.crt", CLIENT[1]))
         self.assertEqual((status, output), (1, ""))
-        server.wait_for("turned away: certificate verify failed: certificate is not yet valid$")
+        server.wait_for("turned away: certificate verify failed: certificate is not yet valid")
 
     def test_revoked_client(self):
         make(self.folder, "client-cert", "NAME=laptop7")
@@ -251,7 +240,6 @@ class Changing(TestCase):
         make(self.folder, "renew")
         make(self.folder, "crl")
         server = self.serve("--crl", CRL)
-        server.wait_for(f"^{CRL} expires on ")
         files = (CA, *LAPTOP)
         self.assertEqual(self.client(server, files=files)[:2], (0, "42\n"))
         for _ in range(2):
@@ -318,5 +306,3 @@ class Changing(TestCase):
             status, output, errors = self.client(server, "--crl", crl)
             self.assertEqual((status, output), (1, ""))
             self.assertRegex(errors, rf"turned away: certificate verify failed: {reason} \({crl}\)\n$")
-        server = self.serve("--crl", "expired.crl")
-        server.wait_for(r"^expired.crl has expired, on ")

@@ -10,12 +10,12 @@ import tempfile
 import unittest
 
 from support import (CA, CLIENT, ROOT, SERVER, Process, Project, Server, TestCase, client, client_command,
-                     connection, run, tls_client)
+                     connection, run, tls_client, tls_server)
 
 ALT_CA = "auth/alt-ca/alt-ca.cert"
 ALT_SERVER = ("auth/alt-server.crt", SERVER[1])
 ALT_CLIENT = ("auth/alt-client.crt", CLIENT[1])
-IDENTITY = r"C=NZ, ST=Waikato, L=Hamilton, O=MegaCorp Inc, OU=%s, CN=example.com \(serial \w+\), TLSv1.3, TLS_\w+$"
+IDENTITY = r"C=NZ, ST=Waikato, L=Hamilton, O=MegaCorp Inc, OU=%s, CN=example.com \(serial \w+, until \w+ [ \d]\d [\d:]{8} 20\d\d GMT\), TLSv1.3, TLS_\w+$"
 
 
 class Exchange(TestCase):
@@ -30,6 +30,7 @@ class Exchange(TestCase):
             server.wait_for(r"^127.0.0.1:\d+: accepted " + IDENTITY % "Client")
             server.wait_for(r"^127.0.0.1:\d+: answered 1, done$")
             self.assertEqual(server.lines[0], f"listening on 127.0.0.1:{server.port}")
+            self.assertRegex(server.lines[1], r"^trusting C=NZ, .*OU=Trust Me.* \(serial \w+, until \w+ .* GMT\)$")
 
     def test_numbers_go_over_one_connection_in_order(self):
         big = "9" * 4000
@@ -144,9 +145,8 @@ class Refusals(TestCase):
             server.wait_for("turned away: unsupported protocol")
 
     def test_server_of_tls_1_2(self):
-        port, context = 0, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context = tls_server()
         context.maximum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(*(os.path.join(Project.get(), name) for name in SERVER))
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
             with Process(*client_command(port)) as process:
@@ -212,7 +212,7 @@ class HandMade(TestCase):
                     with Server(folder=folder) as server:
                         status, output, errors = client(server.port, folder=folder)
                         self.assertEqual((status, output), (0, "42\n"), errors)
-                        server.wait_for(r"OU=client.*serial 1111\)")
+                        server.wait_for(r"OU=client.*serial 1111,")
 
 
 class Helpers(TestCase):

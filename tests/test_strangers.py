@@ -1,6 +1,5 @@
 """Strangers at the port, slow peers, and more of them than there is room for."""
 
-import atexit
 import contextlib
 import os
 import random
@@ -11,15 +10,9 @@ import time
 import unittest
 
 from support import (CA, PATIENCE, Process, Project, Server, TestCase, client, client_command, connection,
-                     receive_all, reset, tls_client)
+                     receive_all, reset, shortened, tls_client, wait_until)
 
 PROC = os.path.isdir("/proc/self/fd")
-
-
-def load_tests(loader, tests, pattern):
-    """Begin the test that takes a minute, the idle client's, so that all others run meanwhile."""
-    TheIdle.begin()
-    return tests
 
 
 def usage(server):
@@ -37,6 +30,11 @@ def queued(port):
             if row[1].endswith(f":{port:04X}") and row[3] == "0A":
                 return int(row[4].partition(":")[2], 16)
     return 0
+
+
+def ended_lines(server):
+    """Return the lines with which the server took leave of connections."""
+    return [line for line in server.lines if ": accepted " not in line and line.startswith("127.0.0.1:")]
 
 
 def client_hello():
@@ -60,13 +58,10 @@ class Crowds(TestCase):
                 for stranger in silent:
                     stranger.setblocking(False)
                     self.assertRaises(BlockingIOError, stranger.recv, 1)  # still there
-            deadline = time.monotonic() + PATIENCE
-            while PROC and usage(server)[1] > 9:  # the main one, and 8 spare
-                self.assertLess(time.monotonic(), deadline, usage(server))
-                time.sleep(0.05)
+            wait_until(lambda: not PROC or usage(server)[1] <= 9)  # the main one, and 8 that wait
 
     def test_handshake_ends_in_time_however_it_drips(self):
-        with Server("--timeout", "2") as server, socket.create_connection(("127.0.0.1", server.port)) as stranger:
+        with Server("--timeout", "1", script=shortened("server_try", STOP_SECONDS=1)) as server, socket.create_connection(("127.0.0.1", server.port)) as stranger:
             begun = time.monotonic()
             stranger.settimeout(0.1)
             with contextlib.suppress(ConnectionError):
@@ -75,16 +70,14 @@ class Crowds(TestCase):
                     with contextlib.suppress(socket.timeout):
                         self.assertEqual(stranger.recv(1), b"")
                         break
-            self.assertGreater(time.monotonic() - begun, 1.9)
-            server.wait_for("hung up on, handshake not done within 2 s")
+            self.assertGreater(time.monotonic() - begun, 0.9)
+            server.wait_for("The handshake operation timed out$")
 
     def test_beyond_max_clients_they_wait(self):
         with Server("--max-clients", "2") as server:
             with connection(server.port), connection(server.port):
                 waiting = [Process(*client_command(server.port, "--timeout", str(PATIENCE))) for _ in range(4)]
-                deadline = time.monotonic() + PATIENCE
-                while PROC and queued(server.port) < 4 and time.monotonic() < deadline:
-                    time.sleep(0.02)
+                wait_until(lambda: not PROC or queued(server.port) == 4)
                 self.assertEqual([process.process.poll() for process in waiting], [None] * 4)
                 self.assertEqual(len([line for line in server.lines if "accepted" in line]), 2)
             for process in waiting:
@@ -101,10 +94,10 @@ class Crowds(TestCase):
             server.wait_for("cannot take more connections for now: Too many open files")
             before, begun = self.processor_seconds(server), time.monotonic()
             waiting = Process(*client_command(server.port, "--timeout", str(PATIENCE)))
-            while time.monotonic() < begun + 2:
+            while time.monotonic() < begun + 1:
                 self.assertIsNone(server.process.poll())
                 time.sleep(0.1)
-            self.assertLess(self.processor_seconds(server) - before, 0.5)
+            self.assertLess(self.processor_seconds(server) - before, 0.25)
             for stranger in strangers:
                 stranger.close()
             with waiting:
@@ -170,15 +163,12 @@ class Garbage(TestCase):
             for batch in range(3):
                 for _ in range(200):
                     chance.choice(acts)(server.port)
-                deadline = time.monotonic() + PATIENCE
-                while PROC and usage(server)[0] > 8 and time.monotonic() < deadline:
-                    time.sleep(0.05)  # for the last of them to be hung up on
                 self.assertEqual(client(server.port)[1], "42\n")
+                wait_until(lambda: len(ended_lines(server)) == 201 * (batch + 1))
                 if PROC:
                     measured.append(usage(server))
-            ended = [line for line in server.lines if ": accepted " not in line and line.startswith("127.0.0.1:")]
-            self.assertEqual(len(ended), len({line.split(": ")[0] + line for line in ended}))
-            self.assertLessEqual(abs(len(ended) - 603), 3, server.log()[-3000:])
+            ended = ended_lines(server)
+            self.assertEqual(len(ended), 603, server.log()[-3000:])  # one line for each connection
             for line in server.lines:
                 self.assertRegex(line, r"\A[ -~]*\Z")
                 self.assertNotRegex(line, r"Traceback|_ssl\.c|internal error")
@@ -209,28 +199,6 @@ class Garbage(TestCase):
             server.wait_for("answered 1, done")
             lines = [line for line in server.lines if line.startswith("127.0.0.1:")]
             self.assertEqual(len(lines), len(hello) + 2)
-
-
-class TheIdle(TestCase):
-    """Comes last in this module."""
-
-    @classmethod
-    def begin(cls):
-        cls.server = Server()
-        atexit.register(cls.server.__exit__)
-        raw = socket.create_connection(("127.0.0.1", cls.server.port), PATIENCE)
-        cls.idle = tls_client().wrap_socket(raw, server_hostname="example.com")
-        cls.idle.settimeout(60 + PATIENCE)
-        cls.idle.sendall(b"1\n")
-        assert cls.idle.recv(10) == b"2\n"
-        cls.since = time.monotonic()
-
-    def test_idle_client_is_closed_properly_after_a_minute(self):
-        with self.idle:
-            self.assertEqual(receive_all(self.idle), b"")
-            self.idle.unwrap().close()  # needs the server's close_notify
-            self.assertGreater(time.monotonic() - self.since, 59)
-        self.server.wait_for("answered 1, closed after 60 s idle")
 
 
 if __name__ == "__main__":
