@@ -124,11 +124,11 @@ class Refusals(TestCase):
 
     def test_client_certificate_cannot_play_server(self):
         self.refused((CA, *CLIENT), (CA, *CLIENT), server_says="turned us away: unsupported certificate$",
-                     client_says="turned away: certificate verify failed: unsuitable certificate purpose$")
+                     client_says="turned away: certificate verify failed: uns(uitable|upported) certificate purpose$")
 
     def test_server_certificate_cannot_play_client(self):
         self.refused((CA, *SERVER), (CA, *SERVER), client_says="turned us away: unsupported certificate$",
-                     server_says="turned away: certificate verify failed: unsuitable certificate purpose$")
+                     server_says="turned away: certificate verify failed: uns(uitable|upported) certificate purpose$")
 
     def test_another_name(self):
         self.refused((CA, *SERVER), (CA, *CLIENT), "--server-name", "example.org",
