@@ -29,7 +29,7 @@ def copy_project(folder):
     """Copy to a new folder what a clone has, and return its name."""
     for name in ("auth", "tests"):
         os.makedirs(os.path.join(folder, name))
-    for name in ("server_try", "client_try", "Makefile", "README.md", "auth/test-ca.conf"):
+    for name in ("server_try", "client_try", "Makefile", "README.md", "auth/test-ca.conf", "auth/machines", "tests/demo"):
         shutil.copy2(os.path.join(ROOT, name), os.path.join(folder, name))
     return folder
 
