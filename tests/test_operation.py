@@ -14,7 +14,7 @@ import threading
 import time
 import unittest
 
-from support import (CA, CLIENT, PATIENCE, ROOT, SERVER, Project, Server, TestCase, client, connection, copy_project, make,
+from support import (CA, CLIENT, FAST, PATIENCE, ROOT, SERVER, Project, Server, TestCase, client, connection, copy_project, make,
                      receive_all, run, shortened, temporary_folder)
 
 CRL = "auth/test-ca/test-ca.crl"
@@ -306,3 +306,67 @@ class Changing(TestCase):
             status, output, errors = self.client(server, "--crl", crl)
             self.assertEqual((status, output), (1, ""))
             self.assertRegex(errors, rf"turned away: certificate verify failed: {reason} \({crl}\)\n$")
+
+
+class Rollover(TestCase):
+    """A new CA takes the old one's place, as the README tells it, and no client is ever locked out."""
+
+    def test_with_crls(self):
+        old, new = (copy_project(os.path.join(temporary_folder(), name)) for name in ("old", "new"))
+        make(old, FAST, "client-cert", "NAME=laptop7")
+        make(old, FAST, "certs", "crl")
+        for request in "client", "server":  # the same keys
+            shutil.copy(os.path.join(old, f"auth/{request}.req"), os.path.join(new, "auth"))
+            shutil.copy(os.path.join(old, f"auth/{request}.key"), os.path.join(new, "auth"))
+        os.makedirs(os.path.join(new, "auth/clients"))
+        shutil.copy(os.path.join(old, "auth/clients/laptop7.req"), os.path.join(new, "auth/clients"))
+        make(new, FAST, "certs")
+        make(new, FAST, "client-cert", "NAME=laptop7")
+        make(new, "crl")
+        machine = {end: temporary_folder() for end in ("client", "server")}
+
+        def install(end, name, *sources):
+            with open(os.path.join(machine[end], name), "wb") as target:
+                for source in sources:
+                    with open(source, "rb") as file:
+                        shutil.copyfileobj(file, target)
+
+        def paths(name, *homes):
+            return [os.path.join(home, "auth", name) for home in homes]
+
+        def trust(end, *homes):
+            install(end, "ca", *paths("test-ca/test-ca.cert", *homes))
+            install(end, "crl", *paths("test-ca/test-ca.crl", *homes))
+
+        for end in machine:
+            trust(end, old)
+            for name in "crt", "key":
+                install(end, name, *paths(f"{end}.{name}", old))
+        files = ("ca", "crt", "key")
+        with Server("--crl", "crl", files=files, folder=machine["server"]) as server:
+            def works(reload=False):
+                if reload:
+                    server.lines.clear()
+                    server.process.send_signal(signal.SIGHUP)
+                    server.wait_for("^reloaded")
+                status, output, errors = client(server.port, "--crl", "crl", files=files, folder=machine["client"])
+                self.assertEqual((status, output), (0, "42\n"), errors)
+
+            works()
+            trust("server", old, new)
+            works(reload=True)
+            trust("client", old, new)
+            works()
+            install("server", "crt", *paths("server.crt", new))
+            works(reload=True)
+            install("client", "crt", *paths("client.crt", new))
+            works()
+            make(new, "revoke", "NAME=laptop7")
+            trust("server", old, new)
+            works(reload=True)
+            stolen = ("ca", os.path.join(new, "auth/clients/laptop7.crt"), os.path.join(old, "auth/clients/laptop7.key"))
+            self.assertIn("certificate revoked", client(server.port, files=stolen, folder=machine["client"])[2])
+            trust("client", new)
+            works()
+            trust("server", new)
+            works(reload=True)
