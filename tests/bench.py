@@ -25,7 +25,8 @@ import tempfile
 import threading
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from support import ROOT, tls_client, tls_server
+
 CA, CERT, KEY = (os.path.join(ROOT, "auth", name) for name in ("test-ca/test-ca.cert", "server.crt", "server.key"))
 CLIENT = [os.path.join(ROOT, "auth", name) for name in ("client.crt", "client.key")]
 TRY = [sys.executable, os.path.join(ROOT, "server_try")]
@@ -171,13 +172,6 @@ def progress(text):
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def client_context():
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(CA)
-    context.load_cert_chain(*CLIENT)
-    return context
-
-
 def connect(port, context):
     raw = socket.create_connection(("127.0.0.1", port), 30)
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -213,7 +207,7 @@ def seconds_used(pid):
 
 def processor_time(pid, port, connections, clients):
     """Return the server's processor seconds for a new connection with one request."""
-    context, each = client_context(), max(1, connections // clients)
+    context, each = tls_client(folder=ROOT), max(1, connections // clients)
     start = threading.Barrier(clients)
 
     def client(_):
@@ -232,13 +226,8 @@ def processor_time(pid, port, connections, clients):
 
 def handshake_in_memory(count=50):
     """Return the processor seconds of the server's half of a handshake, with no socket at all."""
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.minimum_version = ssl.TLSVersion.TLSv1_3
-    server.verify_mode = ssl.CERT_REQUIRED
-    server.num_tickets = 0
-    server.load_verify_locations(CA)
-    server.load_cert_chain(CERT, KEY)
-    context = client_context()
+    server = tls_server(folder=ROOT)
+    context = tls_client(folder=ROOT)
     times = []
     for _ in range(count):
         up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -258,7 +247,7 @@ def handshake_in_memory(count=50):
 
 def one_by_one(port, count=1000):
     """Return how many requests a second one connection gets answered, each sent after the last reply."""
-    tls = connect(port, client_context())
+    tls = connect(port, tls_client(folder=ROOT))
     for number in range(-count // 5, count):
         if number == 0:  # both ends are warm by now
             begun = time.monotonic()
@@ -270,7 +259,7 @@ def one_by_one(port, count=1000):
 
 def all_at_once(port, batch=16000, batches=5):
     """Return how many requests a second one connection gets answered, sent thousands at once."""
-    tls = connect(port, client_context())
+    tls = connect(port, tls_client(folder=ROOT))
     requests, size = b"41\n" * batch, 3 * batch
     begun = time.monotonic()
     for _ in range(batches):
@@ -299,7 +288,7 @@ def memory(pid, port, clients=500):
         with open(f"/proc/{pid}/status") as status:
             return int(status.read().partition("VmRSS:")[2].split()[0])
 
-    empty, context, connections = resident(), client_context(), []
+    empty, context, connections = resident(), tls_client(folder=ROOT), []
     for _ in range(clients):
         tls = connect(port, context)
         connections.append(tls)
