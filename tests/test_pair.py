@@ -1,5 +1,6 @@
 """The pair as its users run it: who is let in, who is turned away, and who is told what."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -16,6 +17,14 @@ ALT_CA = "auth/alt-ca/alt-ca.cert"
 ALT_SERVER = ("auth/alt-server.crt", SERVER[1])
 ALT_CLIENT = ("auth/alt-client.crt", CLIENT[1])
 IDENTITY = r"C=NZ, ST=Waikato, L=Hamilton, O=MegaCorp Inc, OU=%s, CN=example.com \(serial \w+, until \w+ [ \d]\d [\d:]{8} 20\d\d GMT\), TLSv1.3, TLS_\w+$"
+
+
+def ipv6():
+    """Tell whether ::1 can be bound."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as trial:
+        trial.bind(("::1", 0))
+        return True
+    return False
 
 
 class Exchange(TestCase):
@@ -53,15 +62,41 @@ class Exchange(TestCase):
             self.assertEqual(client(server.port, "--host", "localhost")[1], "42\n")
             self.assertEqual(client(server.port, "--host", "127.0.0.1")[1], "42\n")
 
-    @unittest.skipUnless(socket.has_ipv6 and os.path.exists("/proc/net/if_inet6"), "no IPv6 on this machine")
+    @unittest.skipUnless(ipv6(), "no IPv6 on this machine")
     def test_ipv6_address_is_shown_in_brackets(self):
         with Server("--host", "::1") as server:
             self.assertEqual(server.lines[0], f"listening on [::1]:{server.port}")
             status, output, errors = client(server.port, "--host", "::1", "--server-name", "localhost")
             self.assertEqual((status, output), (0, "42\n"), errors)
             self.assertIn("connected to [::1]:", errors)
+            server.wait_for(r"^\[::1\]:\d+: accepted ")
             status, output, errors = client(server.port, "--host", "::1")
             self.assertIn("not valid for '::1'", errors)
+
+    @unittest.skipUnless(ipv6() and socket.has_dualstack_ipv6(), "no IPv6 on this machine, or none with IPv4")
+    def test_two_colons_are_every_address(self):
+        with Server("--host", "::") as server:
+            for host in "127.0.0.1", "::1":
+                self.assertEqual(client(server.port, "--host", host, "--server-name", "example.com")[1], "42\n")
+
+    def test_first_address_is_silent(self):
+        """The host has two addresses; at the first nobody takes connections, and its queue is full."""
+        resolver = ("import runpy, socket, sys; real = socket.getaddrinfo; sys.argv = sys.argv[1:];"
+                    "socket.getaddrinfo = lambda host, *rest, **more: real('127.0.0.2', *rest, **more) + real('127.0.0.1', *rest, **more);"
+                    "runpy.run_path(sys.argv[0], run_name='__main__')")
+        with Server() as server, contextlib.ExitStack() as stack:
+            silent = stack.enter_context(socket.socket())
+            try:
+                silent.bind(("127.0.0.2", server.port))
+            except OSError:
+                self.skipTest("127.0.0.2 is no address of this machine")
+            silent.listen(0)
+            with contextlib.suppress(socket.timeout):
+                while True:
+                    stack.enter_context(socket.create_connection(("127.0.0.2", server.port), 0.3))
+            command = client_command(server.port, "--host", "db", "--server-name", "example.com", "--timeout", "4")
+            status, output, errors = run(command[0], "-c", resolver, *command[1:])
+            self.assertEqual((status, output), (0, "42\n"), errors)
 
     def test_key_log_opens_the_handshake_to_wireshark(self):
         log = os.path.join(Project.get(), "keys.log")
