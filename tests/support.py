@@ -212,6 +212,20 @@ def connection(port, context=None):
             yield tls
 
 
+@contextlib.contextmanager
+def stuck_connection(port):
+    """An authenticated connection that asks and reads nothing, until no more goes in."""
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(("127.0.0.1", port))
+        with tls_client().wrap_socket(raw, server_hostname="example.com") as tls:
+            tls.settimeout(0.5)
+            with contextlib.suppress(socket.timeout):
+                while True:
+                    tls.sendall(b"1\n" * 1000)
+            yield tls
+
+
 def receive_all(tls):
     """Read to the end of a connection; a reset fails the test."""
     parts = []

@@ -42,10 +42,10 @@ class Exchange(TestCase):
             self.assertRegex(server.lines[1], r"^trusting C=NZ, .*OU=Trust Me.* \(serial \w+, until \w+ .* GMT\)$")
 
     def test_numbers_go_over_one_connection_in_order(self):
-        big = "9" * 4000
+        big = "9" * 4095
         with Server() as server:
             status, output, errors = client(server.port, "-n", "0", "--number", "-1", "-n", "-43", "-n", "+5", "-n", big)
-            self.assertEqual((status, output.split()), (0, ["1", "0", "-42", "6", "1" + "0" * 4000]), errors)
+            self.assertEqual((status, output.split()), (0, ["1", "0", "-42", "6", "1" + "0" * 4095]), errors)
             server.wait_for("answered 5, done")
 
     def test_server_goes_on_and_a_silent_client_holds_nobody_up(self):
