@@ -1,6 +1,7 @@
 """The Makefile: what it makes, and what it leaves alone."""
 
 import contextlib
+import fcntl
 import glob
 import os
 import re
@@ -44,10 +45,10 @@ class Fresh(TestCase):
         """Return the serial numbers of a machine's certificates that are not revoked."""
         return [row[3] for row in self.index() if row[0] == "V" and row[5].endswith("/CN=" + name)]
 
-    def start(self, *arguments):
+    def start(self, *arguments, stdout=subprocess.DEVNULL):
         """Start make in a process group of its own, as a shell does."""
         return subprocess.Popen(["make", *arguments], cwd=self.folder, env=plain_environment(), start_new_session=True,
-                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.DEVNULL,
                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
     def test_bare_make_lists_the_targets_a_line_each(self):
@@ -112,8 +113,11 @@ class Fresh(TestCase):
 
     def test_demo_interrupted_leaves_no_server(self):
         make(self.folder, "certs", FAST)
-        for number in range(8):
-            with self.start("demo", "PORT=0") as process:
+        for number in range(10):
+            with self.start("demo", "PORT=0", stdout=subprocess.PIPE) as process:
+                for line in process.stdout:
+                    if line.startswith(b"server: listening" if number > 7 else b"Next: "):
+                        break
                 time.sleep(0.02 * number)
                 (os.killpg if number % 2 else os.kill)(process.pid, signal.SIGTERM)
             wait_until(lambda: self.gone(process.pid))
@@ -237,6 +241,35 @@ class Fresh(TestCase):
         make(self.folder, "client-cert", "NAME=laptop7", FAST)  # with a new key
         self.assertEqual(len(self.valid("laptop7")), 1)
 
+    def test_one_at_a_time(self):
+        if not shutil.which("flock"):
+            self.skipTest("no flock here")
+        make(self.folder, "client-cert", "NAME=laptop7", FAST)
+        make(self.folder, "certs", FAST)
+        for arguments in ["renew"], ["revoke", "NAME=laptop7"], ["server-cert", "NAME=db1", FAST]:
+            before = self.index(), listing(self.folder)
+            lock = os.open(self.path("auth"), os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with self.start(*arguments) as process:
+                with self.assertRaises(subprocess.TimeoutExpired):
+                    process.wait(1)
+                self.assertEqual((self.index(), listing(self.folder)), before)
+                os.close(lock)
+                self.assertEqual(process.wait(PATIENCE), 0)
+            self.assertNotEqual((self.index(), listing(self.folder)), before)
+
+    def test_what_has_begun_at_the_ca_is_finished(self):
+        """Ctrl-C in the middle of `openssl ca`, which renames its records one by one."""
+        make(self.folder, "client-cert", "NAME=laptop7", FAST)
+        with open(self.path("openssl"), "w") as file:
+            file.write('#!/bin/sh\nif test "$1" = ca; then kill -INT 0; fi\nopenssl "$@"\n')
+        os.chmod(self.path("openssl"), 0o755)
+        with self.start("renew", "OPENSSL=./openssl") as process:
+            process.wait(PATIENCE)
+        wait_until(lambda: self.gone(process.pid))
+        self.assertEqual(len(self.index()), 2)
+        self.openssl("verify", "-x509_strict", "-CAfile", CA, "auth/clients/laptop7.crt")
+
     def test_revoke_beside_renew(self):
         if not shutil.which("flock"):
             self.skipTest("no flock here")
@@ -272,6 +305,19 @@ class Fresh(TestCase):
             self.assertIn("NOT re", make(self.folder, *arguments, "OPENSSL=./openssl", status=2))
             self.assertEqual(self.index(), before)
             self.openssl("verify", "-x509_strict", "-purpose", "sslclient", "-CAfile", CA, "auth/clients/laptop7.crt")
+
+    def test_what_does_not_verify_takes_nobodys_place(self):
+        make(self.folder, "client-cert", "NAME=laptop7", FAST)
+        certificate = self.path("auth/clients/laptop7.crt")
+        with open(certificate) as file:
+            good = file.read()
+        with open(self.path("openssl"), "w") as file:
+            file.write('#!/bin/sh\ntest "$1" != verify && openssl "$@"\n')
+        os.chmod(self.path("openssl"), 0o755)
+        self.assertIn("NOT renewed: auth/clients/laptop7.crt", make(self.folder, "renew", "OPENSSL=./openssl", status=2))
+        with open(certificate) as file:
+            self.assertEqual(file.read(), good)
+        self.assertEqual(len(self.index()), 1)
 
     def test_openssl_that_is_too_old(self):
         openssl = self.path("openssl")
