@@ -6,6 +6,7 @@ import os
 import re
 import select
 import shutil
+import signal
 import socket
 import ssl
 import struct
@@ -41,11 +42,16 @@ def plain_environment():
 
 def make(folder, *arguments, status=0):
     """Run make in a folder; return what it printed, after a check of its exit status."""
-    done = subprocess.run(["make", *arguments], cwd=folder, env=plain_environment(), stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=PATIENCE)
-    if done.returncode != status:
-        raise AssertionError(f"make {arguments} ended with {done.returncode}:\n{done.stdout}")
-    return done.stdout
+    with subprocess.Popen(["make", *arguments], cwd=folder, env=plain_environment(), stdin=subprocess.DEVNULL, start_new_session=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True) as process:
+        try:
+            said, _ = process.communicate(timeout=PATIENCE)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # whatever it has started
+            raise
+    if process.returncode != status:
+        raise AssertionError(f"make {arguments} ended with {process.returncode}:\n{said}")
+    return said
 
 
 def wait_until(condition, seconds=PATIENCE):

@@ -219,8 +219,11 @@ class Fresh(TestCase):
         lines = make(self.folder, "list").splitlines()
         for line in ("auth/test-ca/test-ca.cert CA .* valid", "laptop7 Client 1111 until .* revoked", "db1 Server 1112 until .* expires soon",
                      "example.com Client 1113 until .* valid", r"example.com Client \w+ until Jan 31 .* 2020 GMT expired",
-                     "auth/test-ca/test-ca.crl CRL until .*"):
+                     r"auth/test-ca/test-ca.crl CRL (0x)?01 until .* valid"):
             self.assertEqual(len([one for one in lines if re.fullmatch(line, one)]), 1, (line, lines))
+        self.assertEqual(len(lines), len(self.index()) + 2)
+        make(self.folder, "crl", "CRL_DAYS=3")
+        self.assertRegex(make(self.folder, "list"), "test-ca.crl CRL (0x)?02 until .* expires soon\n")
 
     def test_revoke(self):
         organization = "ORGANIZATION=/O=Caf\u00e9"
