@@ -48,6 +48,7 @@ endef
 LOCK := $(if $(shell :; command -v flock),flock auth,)
 
 .DEFAULT_GOAL := help
+$(if $(filter 3.7% 3.80,$(MAKE_VERSION)),$(error GNU make 3.81 or later is needed; this is $(MAKE_VERSION)))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help certs alt-certs odd-certs server-cert client-cert list renew revoke crl demo test bench clean fit-openssl
@@ -99,7 +100,7 @@ demo: certs
 	@sh tests/demo $(PORT)
 
 test:
-	$(PYTHON) tests
+	MAKE='$(MAKE)' $(PYTHON) tests
 
 bench: certs
 	$(PYTHON) tests/bench.py

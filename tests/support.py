@@ -20,6 +20,7 @@ import unittest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PATIENCE = 60  # seconds that anything may take on a loaded machine before a test calls it stuck
 
+MAKE = os.environ.get("MAKE", "make")  # the one that runs the tests
 FAST = "NEWKEY=ec -pkeyopt ec_paramgen_curve:P-256 -pkeyopt ec_param_enc:named_curve"
 CA = "auth/test-ca/test-ca.cert"
 SERVER = ("auth/server.crt", "auth/server.key")
@@ -42,7 +43,7 @@ def plain_environment():
 
 def make(folder, *arguments, status=0):
     """Run make in a folder; return what it printed, after a check of its exit status."""
-    with subprocess.Popen(["make", *arguments], cwd=folder, env=plain_environment(), stdin=subprocess.DEVNULL, start_new_session=True,
+    with subprocess.Popen([MAKE, *arguments], cwd=folder, env=plain_environment(), stdin=subprocess.DEVNULL, start_new_session=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True) as process:
         try:
             said, _ = process.communicate(timeout=PATIENCE)

@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 
-from support import (CA, CLIENT, FAST, PATIENCE, SERVER, Project, Server, TestCase, client, connection, copy_project, make,
+from support import (CA, CLIENT, FAST, MAKE, PATIENCE, SERVER, Project, Server, TestCase, client, connection, copy_project, make,
                      plain_environment, run, temporary_folder, wait_until)
 
 
@@ -47,7 +47,7 @@ class Fresh(TestCase):
 
     def start(self, *arguments, stdout=subprocess.DEVNULL):
         """Start make in a process group of its own, as a shell does."""
-        return subprocess.Popen(["make", *arguments], cwd=self.folder, env=plain_environment(), start_new_session=True,
+        return subprocess.Popen([MAKE, *arguments], cwd=self.folder, env=plain_environment(), start_new_session=True,
                                 stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.DEVNULL,
                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
@@ -329,6 +329,9 @@ class Fresh(TestCase):
         os.chmod(openssl, 0o755)
         self.assertIn("or later, is needed; this is OpenSSL 1.0.2", make(self.folder, "certs", "OPENSSL=./openssl", status=2))
 
+    def test_make_that_is_too_old(self):
+        self.assertRegex(make(self.folder, "certs", "MAKE_VERSION=3.80", status=2), r"\A.*GNU make 3.81 or later is needed; this is 3.80.*\n\Z")
+
     def test_variables(self):
         make(self.folder, "certs", FAST, "SERIAL=ABCD", "DAYS=3", "CA_DAYS=5", "ORGANIZATION=/O=Ours")
         text = self.openssl("x509", "-noout", "-text", "-in", CLIENT[0])
@@ -344,7 +347,7 @@ class Fresh(TestCase):
         make(self.folder, "certs", FAST, "CA_SUBJECT=nonsense", status=2)
         self.assertEqual([name for name in listing(self.folder) if name.endswith(".cert")], [])
         make(self.folder, "clean")
-        process = subprocess.Popen(["make", "certs", "NEWKEY=rsa:8192"], cwd=self.folder, start_new_session=True,
+        process = subprocess.Popen([MAKE, "certs", "NEWKEY=rsa:8192"], cwd=self.folder, start_new_session=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=plain_environment(),
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         with process:

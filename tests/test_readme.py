@@ -6,13 +6,14 @@ the further lines of. In what is shown, … stands for anything.
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import unittest
 
-from support import PATIENCE, Process, TestCase, copy_project, plain_environment, temporary_folder
+from support import MAKE, PATIENCE, Process, TestCase, copy_project, plain_environment, temporary_folder
 
 ASIDE = [(r"\(serial [\w…]+, until \w+ [ \d]\d [\d:]+ \d+ GMT\)", "(serial N)"), (r"127\.0\.0\.1:\d+", "HOST:PORT"),
          (r"(?m)^revoked \w+", "revoked N"),
@@ -52,6 +53,7 @@ class Readme(TestCase):
                 file.write(text)
         bin_folder = temporary_folder()  # the scripts' python3 is this one
         os.symlink(sys.executable, os.path.join(bin_folder, "python3"))
+        os.symlink(shutil.which(MAKE), os.path.join(bin_folder, "make"))
         self.env = plain_environment()
         self.env.update(PATH=bin_folder + os.pathsep + os.environ["PATH"], PYTHONIOENCODING="utf-8")
         self.server, self.seen, run = None, 0, 0
