@@ -196,7 +196,9 @@ class Fresh(TestCase):
         make(self.folder, "renew", status=2)
         make(self.folder, "client-cert", "NAME=laptop7", FAST)
         make(self.folder, "certs", "crl", FAST)
+        before = self.openssl("crl", "-noout", "-crlnumber", "-in", "auth/test-ca/test-ca.crl")
         said = make(self.folder, "renew").splitlines()
+        self.assertNotEqual(self.openssl("crl", "-noout", "-crlnumber", "-in", "auth/test-ca/test-ca.crl"), before)
         self.assertEqual([line.split()[0] for line in said],
                          ["auth/client.crt", "auth/server.crt", "auth/clients/laptop7.crt", "auth/test-ca/test-ca.crl", "Copy"])
         with open(self.path("auth/clients/laptop7.crt")) as file:
