@@ -53,7 +53,7 @@ class Handshakes(TestCase):
             for group in "ffdhe8192", "ffdhe4096":
                 status, _, errors = run("openssl", "s_client", "-groups", group, "-connect", f"127.0.0.1:{server.port}", "-CAfile", CA,
                                         "-cert", CLIENT[0], "-key", CLIENT[1])
-                if "SSL_CONF_cmd" in errors:
+                if "-groups" in errors:  # as a command that it does not know
                     self.skipTest(f"this openssl does not offer {group}")
                 server.wait_for("turned away: ")
             self.assertNotIn("accepted", server.log())
