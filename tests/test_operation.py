@@ -15,7 +15,7 @@ import time
 import unittest
 
 from support import (CA, CLIENT, FAST, PATIENCE, ROOT, SERVER, Project, Server, TestCase, client, connection, copy_project, make,
-                     receive_all, run, shortened, stuck_connection, temporary_folder)
+                     receive_all, run, shortened, stuck_connection, temporary_folder, wait_until)
 
 CRL = "auth/test-ca/test-ca.crl"
 LAPTOP = ("auth/clients/laptop7.crt", "auth/clients/laptop7.key")
@@ -286,10 +286,8 @@ class Changing(TestCase):
         make(self.folder, "crl")
         test = [name.replace("alt-ca", "test-ca") for name in alt]
         self.assertEqual(run(*test, "-crlsec", "1", "-out", "expired.crl", folder=self.folder)[0], 0)
-        deadline = time.monotonic() + PATIENCE
-        while run("openssl", "verify", "-crl_check", "-CRLfile", "expired.crl", "-CAfile", CA, CLIENT[0],
-                  folder=self.folder)[0] == 0 and time.monotonic() < deadline:
-            time.sleep(0.2)
+        wait_until(lambda: run("openssl", "verify", "-crl_check", "-CRLfile", "expired.crl", "-CAfile", CA, CLIENT[0],
+                               folder=self.folder)[0] != 0)
         for crl, reason in ("alt.crl", "(unable to get certificate CRL|CRL signature failure)"), ("expired.crl", "CRL has expired"):
             server = self.serve("--crl", crl)
             self.assertEqual(self.client(server)[:2], (1, ""))
