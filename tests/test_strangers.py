@@ -1,11 +1,13 @@
 """Strangers at the port, slow peers, and more of them than there is room for."""
 
+import concurrent.futures
 import contextlib
 import os
 import random
 import resource
 import socket
 import ssl
+import threading
 import time
 import unittest
 
@@ -108,6 +110,25 @@ class Crowds(TestCase):
         with open(f"/proc/{server.process.pid}/stat") as stat:
             fields = stat.read().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    @unittest.skipUnless(PROC, "counts threads in /proc")
+    def test_threads_end_after_a_crowd(self):
+        context, together = tls_client(), threading.Barrier(200)
+
+        def ask(port):
+            with socket.create_connection(("127.0.0.1", port), PATIENCE) as raw:
+                together.wait(PATIENCE)
+                with context.wrap_socket(raw, server_hostname="example.com") as tls:
+                    tls.sendall(b"1\n")
+                    self.assertEqual(tls.recv(10), b"2\n")
+
+        with Server() as server, concurrent.futures.ThreadPoolExecutor(200) as pool:
+            for task in os.listdir(f"/proc/{server.process.pid}/task"):  # so that threads are in each other's way
+                os.sched_setaffinity(int(task), list(os.sched_getaffinity(0))[:1])
+            for crowd in range(1, 6):
+                list(pool.map(ask, [server.port] * 200))
+                wait_until(lambda: len(ended_lines(server)) == 200 * crowd)
+                wait_until(lambda: usage(server)[1] <= 9)  # the main one, and 8 that wait
 
 
 class Garbage(TestCase):
