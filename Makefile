@@ -42,9 +42,10 @@ auth/server.crt: auth/server.req $(CA).cert
 
 # Show a command as it is typed, and what it says only if it fails; one at a time touches a CA.
 define run
-@printf '%s\n' '$(subst ','\'',$(1))'
+@$(SHOW) '$(subst ','\'',$(1))'
 @said=$$($(if $(findstring openssl ca,$(subst $(OPENSSL),openssl,$(1))),trap '' HUP INT TERM;) umask 077; $(LOCK) $(1) 2>&1) && chmod a+r $@ || { printf '%s\n' "$$said"; exit 1; }
 endef
+SHOW = printf '%s\n'
 LOCK := $(if $(shell :; command -v flock),flock auth,)
 
 .DEFAULT_GOAL := help
@@ -55,8 +56,8 @@ $(if $(filter 3.7% 3.80,$(MAKE_VERSION)),$(error GNU make 3.81 or later is neede
 
 certs: $(CA).cert auth/client.req auth/server.req auth/client.crt auth/server.crt
 	@sh auth/machines outlived
-	@echo 'Next: ./server_try $(CA).cert auth/server.crt auth/server.key'
-	@echo '      ./client_try $(CA).cert auth/client.crt auth/client.key   # in another terminal'
+	@$(SHOW) 'Next: ./server_try $(CA).cert auth/server.crt auth/server.key' \
+	    '      ./client_try $(CA).cert auth/client.crt auth/client.key   # in another terminal'
 
 # Machines of one's own, by role: auth/machines has how.
 export OPENSSL PYTHON NEWKEY DAYS CRL_DAYS ORGANIZATION CA NAME NAMES
@@ -92,7 +93,8 @@ auth/self-signed.crt: auth/client.req
 	$(call run,$(OPENSSL) req -config auth/test-ca.conf -new -x509 -extensions client_cert -days $(DAYS) \
 	    -subj "$(ORGANIZATION)/OU=Client/CN=example.com" -key auth/client.key -out $@)
 
-demo: certs
+demo:
+	@$(MAKE) -s SHOW=: certs
 	@for end in client server; do \
 	    $(OPENSSL) x509 -noout -checkend 60 -in auth/$$end.crt > /dev/null || \
 	        { echo "renewing auth/$$end.crt, which has expired"; sh auth/machines sign auth/$$end $$end || exit; }; \
