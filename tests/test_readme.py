@@ -1,7 +1,8 @@
-"""The README's console blocks, run in a fresh copy of the project: what they print is what it shows.
+"""What the README shows, done in a fresh copy of the project: what is said is what it shows.
 
-A block with a command of ./server_try starts a server, which later blocks without a command show
-the further lines of. In what is shown, … stands for anything.
+A console block with a command of ./server_try starts a server, and so does a row of the experiments
+that has one; blocks without a command show further lines of that server. In what is shown, … stands
+for anything.
 """
 
 import os
@@ -13,7 +14,8 @@ import subprocess
 import sys
 import unittest
 
-from support import MAKE, PATIENCE, Process, TestCase, copy_project, plain_environment, temporary_folder
+from support import (CA, CLIENT, FAST, MAKE, PATIENCE, ROOT, SERVER, Process, Project, Server, TestCase, client_command,
+                     copy_project, make, plain_environment, run, temporary_folder)
 
 ASIDE = [(r"\(serial [\w…]+, until \w+ [ \d]\d [\d:]+ \d+ GMT\)", "(serial N)"), (r"127\.0\.0\.1:\d+", "HOST:PORT"),
          (r"(?m)^revoked \w+", "revoked N"),
@@ -22,10 +24,29 @@ ASIDE = [(r"\(serial [\w…]+, until \w+ [ \d]\d [\d:]+ \d+ GMT\)", "(serial N)"
          (" or the system clock is incorrect", "")]
 
 
-def blocks(text):
-    """Yield each console block as the number of its first line and its lines."""
-    for match in re.finditer(r"^```console\n(.*?)^```$", text, re.M | re.S):
-        yield text[:match.start(1)].count("\n") + 1, match.group(1).splitlines()
+def readme():
+    """Return the text of the README."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        return file.read()
+
+
+def fenced(kind, text):
+    """Return the blocks of one kind, without their fences."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.M | re.S)
+
+
+def steps(text):
+    """Yield what to do in turn: the number of the first line, and lines of a console block or cells of an experiment."""
+    for match in re.finditer(r"^```console\n(.*?)^```$|^\| (\d+ \|[^\n]*) \|$", text, re.M | re.S):
+        number = text[:match.start()].count("\n") + 1
+        if match[2]:
+            yield number, None, [cell.strip() for cell in match[2].split(" |")]
+            continue
+        number += 1
+        for part in re.split(r"(?m)^(?=\$ \./server_try)", match[1]):
+            if part:
+                yield number, part.splitlines(), None
+            number += part.count("\n")
 
 
 def matches(shown, said):
@@ -40,8 +61,8 @@ def matches(shown, said):
     return re.fullmatch(pattern, aside(said)) is not None
 
 
-class Readme(TestCase):
-    def test_console_blocks(self):
+class Lesson(TestCase):
+    def test_console_blocks_and_experiments(self):
         self.folder = copy_project(os.path.join(temporary_folder(), "clone"))
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
@@ -51,15 +72,21 @@ class Readme(TestCase):
                 text = file.read().replace("6420", port)
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text)
+        make(self.folder, "certs", "alt-certs", "odd-certs")
         bin_folder = temporary_folder()  # the scripts' python3 is this one
         os.symlink(sys.executable, os.path.join(bin_folder, "python3"))
         os.symlink(shutil.which(MAKE), os.path.join(bin_folder, "make"))
         self.env = plain_environment()
         self.env.update(PATH=bin_folder + os.pathsep + os.environ["PATH"], PYTHONIOENCODING="utf-8")
-        self.server, self.seen, run = None, 0, 0
+        self.server, self.seen, experiments, blocks = None, 0, 0, 0
         try:
-            for number, lines in blocks(text):
-                run += 1
+            for number, lines, cells in steps(text):
+                if cells:
+                    experiments += 1
+                    self.assertEqual(int(cells[0]), experiments)
+                    self.experiment(number, cells)
+                    continue
+                blocks += 1
                 if lines[0].startswith("$ ./server_try"):
                     self.start(number, lines)
                 elif lines[0].startswith("$ "):
@@ -70,7 +97,8 @@ class Readme(TestCase):
         finally:
             if self.server:
                 self.server.__exit__()
-        self.assertGreater(run, 30)
+        self.assertGreaterEqual(experiments, 13)
+        self.assertGreaterEqual(blocks, 16)
 
     def wrong(self, number, shown, said):
         """Fail, and name the first line of the README that is not what is said."""
@@ -81,11 +109,17 @@ class Readme(TestCase):
         self.fail(f"README.md:{number}: shows\n" + "\n".join(shown) + "\n\nbut what is said is\n" + "\n".join(said))
 
     def start(self, number, lines):
+        """Start a server; … stands for what it says at every start."""
         self.stop()
         self.server = Process("sh", "-c", "exec " + lines[0][2:], folder=self.folder, env=self.env)
         self.seen = 0
         self.env["SERVER"] = str(self.server.process.pid)
-        self.server_says(number + 1, lines[1:])
+        if lines[1:] != ["…"]:
+            return self.server_says(number + 1, lines[1:])
+        self.server.wait_for("^trusting ")
+        if len(lines[0].split()) < 4:
+            self.server.wait_for("^no certificate: every handshake will fail$")
+        self.seen = len(self.server.lines)
 
     def server_says(self, number, shown):
         """Wait for as many lines of the server as are shown, and compare them."""
@@ -107,14 +141,219 @@ class Readme(TestCase):
                 self.assertRegex("\n".join(self.server.lines[self.seen:]), r"\Astopping, connections: [01] \(who .*\)\nstopped\n\Z")
             self.server = None
 
+    def experiment(self, number, cells):
+        """Do a row: start the server that it has, run the client, compare the last words of both ends and who refused."""
+        *start, command, who, client_says, server_says = cells[1:]
+        if start and start[0] != "the same":
+            self.start(number, ["$ " + start[0].strip("`"), "…"])
+        said = self.output(command.strip("`"))[-1]
+        if not any(matches([prefix + client_says], [said]) for prefix in ("client_try: HOST:PORT: ", "client_try: ", "")):
+            self.wrong(number, [client_says], [said])
+        refuser = {"turned us away": "server", "turned away": "client"}.get(client_says.partition(":")[0], who)
+        self.assertEqual(who, refuser, f"README.md:{number}")
+        if server_says:
+            shown = ["HOST:PORT: " + server_says]
+            if server_says.startswith("answered"):
+                shown.insert(0, "HOST:PORT: accepted …")
+            self.server_says(number, shown)
+
+    def output(self, command):
+        """Run a command; return its lines."""
+        done = subprocess.run(["sh", "-c", command], cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
+        return done.stdout.decode("utf-8", "backslashreplace").splitlines()
+
+    def typed(self, command, lines):
+        """Type every other line into a command, as the line after it comes; then Ctrl-D; return what the terminal shows."""
+        with subprocess.Popen(["sh", "-c", command], cwd=self.folder, env=self.env,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            said = []
+            for line in lines[::2]:
+                process.stdin.write(line.encode() + b"\n")
+                process.stdin.flush()
+                said += [line, process.stdout.readline().decode().rstrip("\n")]
+            rest, _ = process.communicate(timeout=PATIENCE)  # hangs here if end of file is ignored
+        return said + rest.decode().splitlines()
+
     def commands(self, number, lines):
         starts = [place for place, line in enumerate(lines) if line.startswith("$ ")] + [len(lines)]
         for start, end in zip(starts, starts[1:]):
-            done = subprocess.run(["sh", "-c", lines[start][2:]], cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
-            said = done.stdout.decode("utf-8", "backslashreplace").splitlines()
-            if not matches(lines[start + 1:end], said):
-                self.wrong(number + start + 1, lines[start + 1:end], said)
+            command, shown = lines[start][2:], lines[start + 1:end]
+            said = self.typed(command, shown) if "-no_ign_eof" in command else self.output(command)
+            if not matches(shown, said):
+                self.wrong(number + start + 1, shown, said)
+
+    def test_quotation_of_make_context(self):
+        quoted, = fenced("python", readme())
+        for script in "server_try", "client_try":
+            with open(os.path.join(ROOT, script), encoding="utf-8") as file:
+                rest = file.read().partition("def make_context(")[2].partition("\ndef ")[0]
+            for line in quoted.splitlines():
+                self.assertIn("\n" + line + "\n", rest, script)
+                rest = "\n" + rest.partition("\n" + line + "\n")[2]
+
+
+class MakeItYours(TestCase):
+    """The diffs, applied to copies of the scripts that ask for the same port."""
+
+    def apply(self, diff):
+        """Apply a diff where its lines are, once; return the folder of the changed copies."""
+        folder = temporary_folder()
+        source, target = re.search(r"^--- (\w+)\n\+\+\+ ([\w.]+)\n", diff).groups()
+        with open(os.path.join(ROOT, source), encoding="utf-8") as file:
+            text = "\n" + file.read()
+        for hunk in re.split(r"(?m)^@@ .*\n", diff)[1:]:
+            old, new = ("\n" + "".join(line[1:] or "\n" for line in hunk.splitlines(True) if line[0] in " \n" + sign) for sign in "-+")
+            self.assertEqual(text.count(old), 1, old)
+            text = text.replace(old, new)
+        path = os.path.join(folder, target)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text[1:])
+        if shutil.which("patch"):
+            shutil.copy(os.path.join(ROOT, source), folder + "/original")
+            done = subprocess.run(["patch", "-o", folder + "/patched", folder + "/original"], input=diff.encode(), stdout=subprocess.PIPE)
+            with open(folder + "/patched", encoding="utf-8") as file:
+                self.assertEqual(file.read(), text[1:])
+            self.assertEqual(done.returncode, 0)
+        return path
+
+    def test_another_protocol(self):
+        script = self.apply(fenced("diff", readme())[0])
+        with Server(script=script) as server:
+            status, output, _ = run(*client_command(server.port, "-n", "1", "-n", "15"))
+            self.assertEqual(status, 0)
+            self.assertRegex(output, r"\A\d+\n\d+\n\Z")
+            self.assertIn("error: not 1, 5 or 15 minutes", run(*client_command(server.port, "-n", "2"))[2])
+
+    def test_only_some_clients(self):
+        make(Project.get(), FAST, "client-cert", "NAME=laptop7")
+        make(Project.get(), FAST, "client-cert", "NAME=laptop9")
+        with Server(script=self.apply(fenced("diff", readme())[1])) as server:
+            for name, output, says in ("laptop7", "42\n", "answered 1, done"), ("laptop9", "", "answered 0, turned away: your certificate is good"):
+                files = CA, f"auth/clients/{name}.crt", f"auth/clients/{name}.key"
+                self.assertEqual(run(*client_command(server.port, files=files))[1], output)
+                server.wait_for(says)
+            self.assertIn("your certificate is good, but not on my list", run(*client_command(server.port))[2])
+
+    def test_client_as_a_function(self):
+        program = """
+from add_one import add_one, verdict
+print(add_one(41, "localhost", *{files!r}, port={port}))
+try:
+    add_one(41, "localhost", {files[0]!r}, port={port})
+except (OSError, ValueError) as error:
+    print(verdict(error, None))
+"""
+        folder = os.path.dirname(self.apply(fenced("diff", readme())[2]))
+        with Server() as server:
+            files = [os.path.join(Project.get(), name) for name in (CA, *CLIENT)]
+            status, output, errors = run(sys.executable, "-c", program.format(files=files, port=server.port), folder=folder)
+            self.assertEqual((status, output), (0, "42\nturned us away: certificate required\n"), errors)
+
+
+SSH = """#!/bin/sh
+host=${1#root@}; shift
+case $* in
+"mkdir -p "*) mkdir -p "$WORLD/$host$3";;
+"systemctl reload server_try") kill -HUP "$(cat "$WORLD/pid")";;
+*) exit 1;;
+esac
+"""
+SCP = """#!/bin/sh
+while test $# -gt 1; do case $1 in -*) ;; *) files="$files $1";; esac; shift; done
+host=${1#root@}
+cp -p $files "$WORLD/${host%%:*}${1#*:}"
+"""
+
+
+class Operator(TestCase):
+    """The commands, unit and cron lines of the operator's page; ssh and scp here lead to folders of this machine."""
+
+    def setUp(self):
+        self.world, self.home = temporary_folder(), copy_project(os.path.join(temporary_folder(), "ca"))
+        self.backup = temporary_folder()
+        with open(os.path.join(self.home, "Makefile")) as file:
+            text = file.read()
+        with open(os.path.join(self.home, "Makefile"), "w") as file:
+            file.write(text.replace("NEWKEY = rsa:2048", FAST))
+        programs = temporary_folder()
+        for name, script in ("ssh", SSH), ("scp", SCP):
+            with open(os.path.join(programs, name), "w") as file:
+                file.write(script)
+            os.chmod(file.name, 0o755)
+        os.symlink(shutil.which(MAKE), os.path.join(programs, "make"))
+        self.env = dict(plain_environment(), PATH=programs + os.pathsep + os.environ["PATH"], WORLD=self.world)
+
+    def shell(self, command, status=0):
+        """Run a command at the CA's home; return what it says."""
+        command = command.replace("/srv/ca", self.home).replace("/media/backup", self.backup)
+        done = subprocess.run(["sh", "-c", command], cwd=self.home, env=self.env, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
+        self.assertEqual(done.returncode, status, command + "\n" + done.stdout.decode())
+        return done.stdout.decode()
+
+    def client(self, port):
+        """Run the client on its machine as the page has it, but for the address; return status, output and errors."""
+        files = re.search(r"`\./client_try --host db1\.internal (.*?)`", readme())[1].split()
+        return run(sys.executable, "client_try", "--host", "127.0.0.1", "--server-name", "db1.internal", "--port", str(port), *files,
+                   folder=self.world + "/laptop7/opt/client_try")
+
+    def test_page(self):
+        commands, = fenced("sh", readme())
+        for command in commands.splitlines():
+            self.shell(command)
+        cron = [re.sub(r"^(\S+ +){5}", "", line).replace(r"\%", "%") for line in fenced("cron", readme())[0].splitlines()]
+        unit = dict(re.findall(r"(?m)^(\w+)=(.*)$", fenced("ini", readme())[0]))
+        machine = self.world + "/db1.internal"
+        credentials = temporary_folder()
+        name, _, path = unit["LoadCredential"].partition(":")
+        shutil.copy(machine + path, os.path.join(credentials, name))
+        os.unlink(machine + path)  # the service may not read it
+        start = unit["ExecStart"].replace("/opt/", machine + "/opt/").replace("0.0.0.0", "127.0.0.1 --port 0")
+        with Process("sh", "-c", f"exec {sys.executable} {start}", folder=machine + unit["WorkingDirectory"],
+                     env=dict(self.env, CREDENTIALS_DIRECTORY=credentials)) as server:
+            port = int(server.wait_for(r"^listening on .*:(\d+)$")[1])
+            with open(os.path.join(self.world, "pid"), "w") as file:
+                file.write(str(server.process.pid))
+            self.assertEqual(self.client(port)[:2], (0, "42\n"))
+            before = re.search(r"O=Example Ltd, OU=Server, CN=db1.internal \(serial (\w+)", self.client(port)[2])[1]
+            for line in cron:
+                self.assertEqual(self.shell(line), "")  # or cron would send mail
+            server.wait_for("^reloaded")
+            status, output, errors = self.client(port)
+            self.assertEqual((status, output), (0, "42\n"), errors)
+            self.assertNotIn(f"serial {before},", errors)
+
+            archive, = os.listdir(self.backup)
+            self.assertEqual(os.stat(os.path.join(self.backup, archive)).st_mode & 0o77, 0)
+            restored = copy_project(os.path.join(temporary_folder(), "restored"))
+            subprocess.run(["tar", "-xzf", os.path.join(self.backup, archive)], cwd=restored, check=True)
+            self.assertEqual(make(restored, "list"), make(self.home, "list"))
+
+            self.shell("make revoke NAME=laptop7")
+            server.lines.clear()
+            self.shell(cron[1])
+            server.wait_for("^reloaded")
+            self.assertIn("turned us away: certificate revoked", self.client(port)[2])
+            server.lines.clear()
+            self.shell(unit["ExecReload"].replace("$MAINPID", str(server.process.pid)))
+            server.wait_for("^reloaded")
+
+    def test_renewal_that_fails_says_so(self):
+        make(self.home, "server-cert", "NAME=db1.internal")
+        os.unlink(os.path.join(self.home, "auth/test-ca/test-ca.key"))
+        line = fenced("cron", readme())[0].splitlines()[0]
+        self.assertIn("NOT renewed", self.shell(re.sub(r"^(\S+ +){5}", "", line)))
+
+    def test_unit(self):
+        if not shutil.which("systemd-analyze"):
+            self.skipTest("systemd-analyze is not installed")
+        path = os.path.join(temporary_folder(), "server_try.service")
+        with open(path, "w") as file:
+            file.write(fenced("ini", readme())[0].replace("/opt/server_try/server_try", os.path.join(ROOT, "server_try")))
+        status, output, errors = run("systemd-analyze", "verify", path)
+        self.assertEqual([line for line in (output + errors).splitlines() if "server_try" in line], [])
+        self.assertEqual(status, 0, errors)
 
 
 if __name__ == "__main__":
