@@ -87,12 +87,12 @@ class Fresh(TestCase):
                 self.openssl("verify", "-x509_strict", "-CAfile", f"auth/{ca}/{ca}.cert", f"auth/{name}.crt")
 
     def test_demo(self):
-        shown = make(self.folder, "demo", "PORT=0")
+        shown = make(self.folder, "demo", "PORT=0", FAST)
         for line in (r"server: listening on 127.0.0.1:\d+", "client: connected to .*OU=Server", "client: sent 41", "client: 42",
                      "server: .*: accepted .*OU=Client", "server: .*: answered 1, done", "server: stopped"):
             self.assertRegex(shown, f"(?m)^{line}")
         self.assertLessEqual(shown.count("\n"), 10)  # the commands of openssl are for `make certs` to show
-        shown = make(self.folder, "clean", "certs")
+        shown = make(self.folder, "clean", "certs", FAST)
         self.assertEqual(len(re.findall("(?m)^openssl (?:req|ca) -config auth/test-ca.conf ", shown)), 5)
         self.assertNotRegex(shown, r"\.{5}|Signature ok|writing new")
         with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -72,7 +72,7 @@ class Lesson(TestCase):
                 text = file.read().replace("6420", port)
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text)
-        make(self.folder, "certs", "alt-certs", "odd-certs")
+        make(self.folder, FAST, "certs", "alt-certs", "odd-certs")
         bin_folder = temporary_folder()  # the scripts' python3 is this one
         os.symlink(sys.executable, os.path.join(bin_folder, "python3"))
         os.symlink(shutil.which(MAKE), os.path.join(bin_folder, "make"))
