@@ -14,7 +14,7 @@ import subprocess
 import sys
 import unittest
 
-from support import (CA, CLIENT, FAST, MAKE, PATIENCE, ROOT, SERVER, Process, Project, Server, TestCase, client_command,
+from support import (CA, CLIENT, FAST, MAKE, PATIENCE, ROOT, Process, Project, Server, TestCase, client_command,
                      copy_project, make, plain_environment, run, temporary_folder)
 
 ASIDE = [(r"\(serial [\w…]+, until \w+ [ \d]\d [\d:]+ \d+ GMT\)", "(serial N)"), (r"127\.0\.0\.1:\d+", "HOST:PORT"),
@@ -341,11 +341,12 @@ class Operator(TestCase):
             self.shell(f"kill {arguments}".replace("$MAINPID", str(server.process.pid)))
             server.wait_for("^reloaded")
 
-    def test_renewal_that_fails_says_so(self):
-        make(self.home, "server-cert", "NAME=db1.internal")
+    def test_cron_mails_what_goes_wrong(self):
+        make(self.home, "server-cert", "NAME=db1.internal", "CA_DAYS=20")
+        line = re.sub(r"^(\S+ +){5}", "", fenced("cron", readme())[0].splitlines()[0])
+        self.assertRegex(self.shell(line), r"\A.*test-ca.cert itself is valid until .*\n\Z")
         os.unlink(os.path.join(self.home, "auth/test-ca/test-ca.key"))
-        line = fenced("cron", readme())[0].splitlines()[0]
-        self.assertIn("NOT renewed", self.shell(re.sub(r"^(\S+ +){5}", "", line)))
+        self.assertIn("NOT renewed", self.shell(line))
 
     def test_unit(self):
         if not shutil.which("systemd-analyze"):
