@@ -125,7 +125,7 @@ class Crowds(TestCase):
         with Server() as server, concurrent.futures.ThreadPoolExecutor(200) as pool:
             for task in os.listdir(f"/proc/{server.process.pid}/task"):  # so that threads are in each other's way
                 os.sched_setaffinity(int(task), list(os.sched_getaffinity(0))[:1])
-            for crowd in range(1, 4):
+            for crowd in range(1, 6):
                 list(pool.map(ask, [server.port] * 200))
                 wait_until(lambda: len(ended_lines(server)) == 200 * crowd)
                 wait_until(lambda: usage(server)[1] <= 9)  # the main one, and 8 that wait
