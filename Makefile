@@ -43,7 +43,8 @@ auth/server.crt: auth/server.req $(CA).cert
 # Show a command as it is typed, and what it says only if it fails; one at a time touches a CA.
 define run
 @$(SHOW) '$(subst ','\'',$(1))'
-@said=$$($(if $(findstring openssl ca,$(subst $(OPENSSL),openssl,$(1))),trap '' HUP INT TERM;) umask 077; $(LOCK) $(1) 2>&1) && chmod a+r $@ || { printf '%s\n' "$$said"; exit 1; }
+@said=$$($(if $(findstring openssl ca,$(subst $(OPENSSL),openssl,$(1))),trap '' HUP INT TERM;) \
+    umask 077; $(LOCK) $(1) 2>&1) && chmod a+r $@ || { printf '%s\n' "$$said"; exit 1; }
 endef
 SHOW = printf '%s\n'
 LOCK := $(if $(shell :; command -v flock),flock auth,)
@@ -52,7 +53,8 @@ LOCK := $(if $(shell :; command -v flock),flock auth,)
 $(if $(filter 3.7% 3.80,$(MAKE_VERSION)),$(error GNU make 3.81 or later is needed; this is $(MAKE_VERSION)))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help certs alt-certs odd-certs server-cert client-cert list renew revoke crl demo test bench clean fit-openssl
+.PHONY: help certs alt-certs odd-certs server-cert client-cert list renew revoke crl
+.PHONY: demo test bench clean fit-openssl
 
 certs: $(CA).cert auth/client.req auth/server.req auth/client.crt auth/server.crt
 	@sh auth/machines outlived
@@ -70,7 +72,8 @@ list renew revoke crl:
 # For the README's experiments: a second CA, which signs the same requests, and certificates that
 # must not get anybody in.
 alt-certs: auth/alt-client.crt auth/alt-server.crt
-odd-certs: auth/expired-client.crt auth/expired-server.crt auth/future-client.crt auth/future-server.crt auth/self-signed.crt
+odd-certs: auth/expired-client.crt auth/expired-server.crt auth/future-client.crt \
+    auth/future-server.crt auth/self-signed.crt
 auth/alt-ca/alt-ca.cert:
 	mkdir -p auth/alt-ca/new_certs
 	touch auth/alt-ca/index.txt

@@ -36,6 +36,12 @@ def copy_project(folder):
     return folder
 
 
+def readme():
+    """Return the text of the README."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        return file.read()
+
+
 def plain_environment():
     """Return the environment without what the make that runs the tests would tell another make."""
     return {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}

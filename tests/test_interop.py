@@ -10,7 +10,7 @@ import subprocess
 import time
 import unittest
 
-from support import CA, CLIENT, PATIENCE, SERVER, Process, Project, Server, TestCase, client
+from support import CA, CLIENT, PATIENCE, SERVER, Process, Project, Server, TestCase, client, readme
 
 ALT_CLIENT = ("auth/alt-client.crt", CLIENT[1])
 NODE_CLIENT = """
@@ -171,8 +171,7 @@ class LoadBalancer(TestCase):
         haproxy = shutil.which("haproxy", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
         if not haproxy:
             self.skipTest("haproxy is not installed")
-        with open(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md"), encoding="utf-8") as file:
-            config = re.search(r"(?s)^```\n(defaults\n.*?)^```$", file.read(), re.M).group(1)
+        config = re.search(r"(?s)^```\n(defaults\n.*?)^```$", readme(), re.M).group(1)
         port = free_port()
         with Server() as one, Server() as two:
             for name, number in ("6420", port), ("6421", one.port), ("6422", two.port):

@@ -350,10 +350,7 @@ class Fresh(TestCase):
         make(self.folder, "certs", FAST, "CA_SUBJECT=nonsense", status=2)
         self.assertEqual([name for name in listing(self.folder) if name.endswith(".cert")], [])
         make(self.folder, "clean")
-        process = subprocess.Popen([MAKE, "certs", "NEWKEY=rsa:16384"], cwd=self.folder, start_new_session=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=plain_environment(),
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-        with process:
+        with self.start("certs", "NEWKEY=rsa:16384", stdout=subprocess.PIPE) as process:
             while not process.stdout.readline().startswith(b"openssl req"):
                 pass
             os.killpg(process.pid, signal.SIGINT)

@@ -15,7 +15,7 @@ import sys
 import unittest
 
 from support import (CA, CLIENT, FAST, MAKE, PATIENCE, ROOT, Process, Project, Server, TestCase, client_command,
-                     copy_project, make, plain_environment, run, temporary_folder)
+                     copy_project, make, plain_environment, readme, run, temporary_folder)
 
 ASIDE = [(r"\(serial [\w…]+, until \w+ [ \d]\d [\d:]+ \d+ GMT\)", "(serial N)"), (r"127\.0\.0\.1:\d+", "HOST:PORT"),
          (r"(?m)^revoked \w+", "revoked N"),
@@ -24,15 +24,21 @@ ASIDE = [(r"\(serial [\w…]+, until \w+ [ \d]\d [\d:]+ \d+ GMT\)", "(serial N)"
          (" or the system clock is incorrect", "")]
 
 
-def readme():
-    """Return the text of the README."""
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
-        return file.read()
-
-
 def fenced(kind, text):
     """Return the blocks of one kind, without their fences."""
     return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.M | re.S)
+
+
+def cron_commands():
+    """Return the commands of the cron lines, as cron hands them to a shell."""
+    return [re.sub(r"^(\S+ +){5}", "", line).replace(r"\%", "%") for line in fenced("cron", readme())[0].splitlines()]
+
+
+def shell(command, folder, env):
+    """Run a command; return its exit status and what it says."""
+    done = subprocess.run(["sh", "-c", command], cwd=folder, env=env, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
+    return done.returncode, done.stdout.decode("utf-8", "backslashreplace")
 
 
 def steps(text):
@@ -146,7 +152,7 @@ class Lesson(TestCase):
         *start, command, who, client_says, server_says = cells[1:]
         if start and start[0] != "the same":
             self.start(number, ["$ " + start[0].strip("`"), "…"])
-        said = self.output(command.strip("`"))[-1]
+        said = shell(command.strip("`"), self.folder, self.env)[1].splitlines()[-1]
         if not any(matches([prefix + client_says], [said]) for prefix in ("client_try: HOST:PORT: ", "client_try: ", "")):
             self.wrong(number, [client_says], [said])
         refuser = {"turned us away": "server", "turned away": "client"}.get(client_says.partition(":")[0], who)
@@ -156,12 +162,6 @@ class Lesson(TestCase):
             if server_says.startswith("answered"):
                 shown.insert(0, "HOST:PORT: accepted …")
             self.server_says(number, shown)
-
-    def output(self, command):
-        """Run a command; return its lines."""
-        done = subprocess.run(["sh", "-c", command], cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
-        return done.stdout.decode("utf-8", "backslashreplace").splitlines()
 
     def typed(self, command, lines):
         """Type every other line into a command, as the line after it comes; then Ctrl-D; return what the terminal shows."""
@@ -179,7 +179,10 @@ class Lesson(TestCase):
         starts = [place for place, line in enumerate(lines) if line.startswith("$ ")] + [len(lines)]
         for start, end in zip(starts, starts[1:]):
             command, shown = lines[start][2:], lines[start + 1:end]
-            said = self.typed(command, shown) if "-no_ign_eof" in command else self.output(command)
+            if "-no_ign_eof" in command:
+                said = self.typed(command, shown)
+            else:
+                said = shell(command, self.folder, self.env)[1].splitlines()
             if not matches(shown, said):
                 self.wrong(number + start + 1, shown, said)
 
@@ -194,10 +197,10 @@ class Lesson(TestCase):
 
 
 class MakeItYours(TestCase):
-    """The diffs, applied to copies of the scripts that ask for the same port."""
+    """The diffs, applied to copies of the scripts, and used."""
 
     def apply(self, diff):
-        """Apply a diff where its lines are, once; return the folder of the changed copies."""
+        """Apply a diff to a copy, wherever its lines are; return the path of the changed script."""
         folder = temporary_folder()
         source, target = re.search(r"^--- (\w+)\n\+\+\+ ([\w.]+)\n", diff).groups()
         with open(os.path.join(ROOT, source), encoding="utf-8") as file:
@@ -284,13 +287,12 @@ class Operator(TestCase):
         os.symlink(shutil.which(MAKE), os.path.join(programs, "make"))
         self.env = dict(plain_environment(), PATH=programs + os.pathsep + os.environ["PATH"], WORLD=self.world)
 
-    def shell(self, command, status=0):
-        """Run a command at the CA's home; return what it says."""
+    def shell(self, command):
+        """Run a command at the CA's home, which must succeed; return what it says."""
         command = command.replace("/srv/ca", self.home).replace("/media/backup", self.backup)
-        done = subprocess.run(["sh", "-c", command], cwd=self.home, env=self.env, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
-        self.assertEqual(done.returncode, status, command + "\n" + done.stdout.decode())
-        return done.stdout.decode()
+        status, said = shell(command, self.home, self.env)
+        self.assertEqual(status, 0, command + "\n" + said)
+        return said
 
     def client(self, port):
         """Run the client on its machine as the page has it, but for the address; return status, output and errors."""
@@ -302,7 +304,7 @@ class Operator(TestCase):
         commands, = fenced("sh", readme())
         for command in commands.splitlines():
             self.shell(command)
-        cron = [re.sub(r"^(\S+ +){5}", "", line).replace(r"\%", "%") for line in fenced("cron", readme())[0].splitlines()]
+        cron = cron_commands()
         unit = dict(re.findall(r"(?m)^(\w+)=(.*)$", fenced("ini", readme())[0]))
         machine = self.world + "/db1.internal"
         credentials = temporary_folder()
@@ -343,7 +345,7 @@ class Operator(TestCase):
 
     def test_cron_mails_what_goes_wrong(self):
         make(self.home, "server-cert", "NAME=db1.internal", "CA_DAYS=20")
-        line = re.sub(r"^(\S+ +){5}", "", fenced("cron", readme())[0].splitlines()[0])
+        line = cron_commands()[0]
         self.assertRegex(self.shell(line), r"\A.*test-ca.cert itself is valid until .*\n\Z")
         os.unlink(os.path.join(self.home, "auth/test-ca/test-ca.key"))
         self.assertIn("NOT renewed", self.shell(line))
