@@ -98,6 +98,7 @@ class Fresh(TestCase):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             shown = make(self.folder, "demo", f"PORT={taken.getsockname()[1]}", status=2)
             self.assertRegex(shown, "Address already in use(?s:.*)Choose another port: ")
+        self.assertRegex(make(self.folder, "demo", "PORT=abc", status=2), "server: usage: .*\nserver: .*invalid int value: 'abc'")
         shutil.copy(self.path(CLIENT[1]), self.path(SERVER[1]))
         self.assertNotIn("port", make(self.folder, "demo", "PORT=0", status=2).split("server: ")[1])
 
