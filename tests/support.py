@@ -176,6 +176,12 @@ class Server(Process):
         return self.end()
 
 
+def at_terminal_command(*arguments):
+    """Return the command of a server_try whose controlling terminal is its standard input."""
+    return [sys.executable, "-c", "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+            "os.execv(sys.argv[1], sys.argv[1:])", sys.executable, os.path.join(ROOT, "server_try"), *arguments]
+
+
 def client_command(port, *arguments, files=(CA, *CLIENT)):
     return [sys.executable, os.path.join(ROOT, "client_try"), "--port", str(port), *arguments, *files]
 

@@ -57,8 +57,8 @@ class Stopping(TestCase):
             server.process.send_signal(signal.SIGINT)
             server.wait_for("^stopping")
             server.process.send_signal(signal.SIGINT)
-            self.assertEqual(server.end(), -signal.SIGINT)
-            self.assertNotIn("Traceback", server.log())
+            self.assertEqual(server.end(), 0)
+            self.assertEqual(server.lines[-2], "stopping, connections: 1 (who sends on may lose replies)")
 
     @unittest.skipUnless(sys.platform == "linux", "the size of a pipe is Linux's to set")
     def test_in_time_even_where_nobody_reads_the_log(self):
@@ -77,20 +77,10 @@ class Stopping(TestCase):
                 for _ in range(100):
                     socket.create_connection(("127.0.0.1", port)).close()
                 process.terminate()
-                self.assertEqual(process.wait(PATIENCE), -signal.SIGALRM)
+                self.assertEqual(process.wait(PATIENCE), 0)
             finally:
                 process.kill()
                 os.close(reader)
-
-    def test_ctrl_c_before_it_listens(self):
-        for script in "server_try", "client_try":
-            fifo = os.path.join(temporary_folder(), "fifo")
-            os.mkfifo(fifo)
-            process = subprocess.Popen([sys.executable, os.path.join(ROOT, script), fifo], stderr=subprocess.PIPE)
-            with process, open(fifo, "w"):  # it has got as far as its CA certificate
-                process.send_signal(signal.SIGINT)
-                self.assertEqual(process.stderr.read(), b"")
-            self.assertEqual(process.returncode, -signal.SIGINT)
 
 
 class Changing(TestCase):
@@ -119,7 +109,7 @@ class Changing(TestCase):
 
     def test_reload(self):
         server = self.serve()
-        server.wait_for(r"^trusting .*OU=Trust Me, CN=example.com.* \(serial \w+, until \w+ .* GMT\)$")
+        server.wait_for(r"^trusting CN=example.com, OU=Trust Me, .* \(serial \w+, until \w+ .* GMT\)$")
         first = self.client(server)[2]
         with connection(server.port) as tls:
             make(self.folder, "renew")

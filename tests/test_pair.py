@@ -1,5 +1,6 @@
 """The pair as its users run it: who is let in, who is turned away, and who is told what."""
 
+import concurrent.futures
 import contextlib
 import os
 import re
@@ -16,7 +17,8 @@ from support import (CA, CLIENT, ROOT, SERVER, Process, Project, Server, TestCas
 ALT_CA = "auth/alt-ca/alt-ca.cert"
 ALT_SERVER = ("auth/alt-server.crt", SERVER[1])
 ALT_CLIENT = ("auth/alt-client.crt", CLIENT[1])
-IDENTITY = r"C=NZ, ST=Waikato, L=Hamilton, O=MegaCorp Inc, OU=%s, CN=example.com \(serial \w+, until \w+ [ \d]\d [\d:]{8} 20\d\d GMT\), TLSv1.3, TLS_\w+$"
+UNTIL = r"\(serial \w+, until \w+ [ \d]\d [\d:]{8} 20\d\d GMT\)"
+IDENTITY = rf"CN=example.com, OU=%s, O=MegaCorp Inc, L=Hamilton, ST=Waikato, C=NZ {UNTIL}, TLSv1.3, TLS_\w+$"
 
 
 def ipv6():
@@ -39,7 +41,8 @@ class Exchange(TestCase):
             server.wait_for(r"^127.0.0.1:\d+: accepted " + IDENTITY % "Client")
             server.wait_for(r"^127.0.0.1:\d+: answered 1, done$")
             self.assertEqual(server.lines[0], f"listening on 127.0.0.1:{server.port}")
-            self.assertRegex(server.lines[1], r"^trusting C=NZ, .*OU=Trust Me.* \(serial \w+, until \w+ .* GMT\)$")
+            self.assertRegex(server.lines[1], r"^trusting CN=example.com, OU=Trust Me, O=MegaCorp Inc, L=Hamilton, ST=Waikato, C=NZ, "
+                             rf"emailAddress=postmaster@example.com {UNTIL}$")
 
     def test_numbers_go_over_one_connection_in_order(self):
         big = "9" * 4095
@@ -250,21 +253,85 @@ class HandMade(TestCase):
                         server.wait_for(r"OU=client.*serial 1111,")
 
 
+SERVER_FLIGHT = ["ServerHello", "EncryptedExtensions", "CertificateRequest", "Certificate", "CertificateVerify", "Finished"]
+
+
+class Trace(TestCase):
+    """Each message of the handshake and each alert, by its name, in order, with its size."""
+
+    def traced(self, lines, peer=r""):
+        """Return direction and name of each line of a trace."""
+        return [match.groups() for match in (re.match(peer + r"([<>]) (\w+), [1-9]\d* bytes$", line) for line in lines) if match]
+
+    def handshake(self, client_flight, ours="<", theirs=">"):
+        return ([(theirs, "ClientHello")] + [(ours, name) for name in SERVER_FLIGHT] + [(theirs, name) for name in client_flight])
+
+    def test_a_good_handshake_at_both_ends(self):
+        flight = ["Certificate", "CertificateVerify", "Finished"]
+        with Server("--trace") as server:
+            status, output, errors = client(server.port, "--trace")
+            self.assertEqual((status, output), (0, "42\n"), errors)
+            self.assertEqual(self.traced(errors.splitlines()), [*self.handshake(flight), (">", "CloseNotify")])
+            server.wait_for("> CloseNotify, 2 bytes")
+            self.assertEqual(self.traced(server.lines, r"127.0.0.1:\d+: "),
+                             [*self.handshake(flight, ">", "<"), ("<", "CloseNotify"), (">", "CloseNotify")])
+            self.assertNotRegex(errors + server.log(), r"\b41\b.*bytes")
+        with Server() as server:
+            errors = client(server.port)[2]
+            server.wait_for("done$")
+            self.assertEqual(self.traced(errors.splitlines()) + self.traced(server.lines, r"127.0.0.1:\d+: "), [])
+
+    def test_without_a_certificate_two_messages_change(self):
+        with Server("--trace") as server:
+            errors = client(server.port, "--trace", files=(CA,))[2]
+            self.assertIn("\n> Certificate, 8 bytes\n> Finished, ", errors)
+            self.assertEqual(self.traced(errors.splitlines()),
+                             [*self.handshake(["Certificate", "Finished"]), ("<", "CertificateRequired")])
+            server.wait_for(r"^127.0.0.1:\d+: > CertificateRequired, 2 bytes$")
+
+    def test_each_line_has_its_own_client_when_many_connect_at_once(self):
+        with Server("--trace") as server:
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                self.assertEqual([done[:2] for done in pool.map(client, [server.port] * 16)], [(0, "42\n")] * 16)
+            for _ in range(16):
+                peer = server.wait_for(r"^(.*): > CloseNotify, 2 bytes$").group(1)
+                mine = [line for line in server.lines if line.startswith(peer + ": ")]
+                self.assertEqual(len(self.traced(mine, r"127.0.0.1:\d+: ")), 12)
+                server.lines = [line for line in server.lines if not line.startswith(peer + ": ")]
+
+    def test_tickets_of_another_server(self):
+        context = tls_server()
+        context.num_tickets = 1
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            with Process(*client_command(listener.getsockname()[1], "--trace")) as process:
+                with context.wrap_socket(listener.accept()[0], server_side=True) as tls:
+                    tls.recv(100)
+                    tls.sendall(b"42\n")
+                    self.assertEqual(process.end(), 0)
+                process.wait_for(r"^< NewSessionTicket, \d+ bytes$")
+
+
 class Helpers(TestCase):
     """What stands in both scripts is one text."""
 
     def test_copies_are_equal(self):
-        functions = {}
-        for script in ("server_try", "client_try"):
-            with open(os.path.join(ROOT, script)) as file:
-                text = file.read()
-            for function in re.findall(r"^def .*?(?=^\S|\Z)", text, re.M | re.S):
-                functions.setdefault(function.split("(")[0], []).append((script, function.strip()))
-        shared = {name: copies for name, copies in functions.items() if len(copies) > 1 and name not in
-                  ("def main", "def parse_arguments")}
-        self.assertIn("def make_context", shared)
-        for name, ((_, first), (_, second)) in shared.items():
-            self.assertEqual(first, second, name)
+        texts = []
+        for script in "server_try", "client_try":
+            with open(os.path.join(ROOT, script), encoding="utf-8") as file:
+                own, mark, shared = file.read().partition("# From here on server_try and client_try are the same")
+            self.assertTrue(mark)
+            self.assertIn("\ndef make_context(", shared)
+            texts.append((set(re.findall(r"(?m)^(?:def|class) (\w+)", own)), shared))
+        (server, shared), (client, same) = texts
+        self.assertEqual(shared, same)
+        self.assertEqual(server & client, {"main", "parse_arguments"})
+
+    def test_the_limits_of_the_scripts(self):
+        for script, limit in ("server_try", 340), ("client_try", 250):
+            with open(os.path.join(ROOT, script), encoding="utf-8") as file:
+                lines = file.read().splitlines()
+            self.assertLessEqual(len(lines), limit)
+            self.assertLessEqual(max(map(len, lines)), 100)
 
 
 if __name__ == "__main__":

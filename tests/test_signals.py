@@ -1,0 +1,153 @@
+"""Signals, terminals and containers: the server ends when it is told to, and only then."""
+
+import contextlib
+import os
+import pty
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import unittest
+
+from support import (CA, PATIENCE, ROOT, SERVER, Process, Project, TestCase, at_terminal_command, client, client_command,
+                     connection, run, shortened, temporary_folder)
+
+# Starts a script with a limit on threads, as under systemd's TasksMax=.
+FEW_THREADS = """
+import runpy, sys, threading
+sys.argv = sys.argv[1:]
+start, left = threading.Thread.start, list(range(9))
+def start_one_of_few(thread):
+    if not left:
+        raise RuntimeError("can't start new thread")
+    left.pop()
+    start(thread)
+threading.Thread.start = start_one_of_few
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Starting(TestCase):
+    def test_sigterm_in_the_first_instants(self):
+        command = [sys.executable, os.path.join(ROOT, "server_try"), "--port", "0", CA, *SERVER]
+        for number in range(30):
+            with subprocess.Popen(command, cwd=Project.get(), stderr=subprocess.PIPE) as server:
+                time.sleep(number * 0.005)
+                server.terminate()
+                said = server.stderr.read().decode()
+                status = server.wait(PATIENCE)
+            self.assertIn(status, (0,) if "listening" in said else (0, -signal.SIGTERM))  # while Python itself starts
+            self.assertNotIn("Traceback", said)
+
+    def test_a_reload_while_it_starts_waits(self):
+        """Its CA comes through a pipe, so that the signal comes while that is loaded."""
+        fifo = os.path.join(temporary_folder(), "fifo")
+        os.mkfifo(fifo)
+        with open(os.path.join(Project.get(), CA)) as file:
+            certificate = file.read()
+        with Process(sys.executable, os.path.join(ROOT, "server_try"), "--port", "0", fifo, *SERVER) as server:
+            with open(fifo, "w") as pipe:
+                server.process.send_signal(signal.SIGHUP)
+                pipe.write(certificate)
+            server.wait_for("^listening on ")
+            with open(fifo, "w") as pipe:
+                pipe.write(certificate)
+            server.wait_for("^reloaded$")
+            server.process.terminate()
+            self.assertEqual(server.end(), 0)
+
+    def test_ctrl_c_and_sigterm_before_it_listens(self):
+        for script, statuses in ("server_try", (0, 0)), ("client_try", (130, 143)):
+            for number, status in zip((signal.SIGINT, signal.SIGTERM), statuses):
+                fifo = os.path.join(temporary_folder(), "fifo")
+                os.mkfifo(fifo)
+                process = subprocess.Popen([sys.executable, os.path.join(ROOT, script), fifo], stderr=subprocess.PIPE)
+                with process, open(fifo, "w"):  # it has got as far as its CA certificate
+                    process.send_signal(number)
+                    self.assertEqual(process.stderr.read(), b"")
+                self.assertEqual(process.returncode, status)
+
+
+class Terminal(TestCase):
+    def test_it_ends_with_its_terminal_and_reloads_while_that_is_there(self):
+        terminal, other_end = pty.openpty()
+        with Process(*at_terminal_command("--port", "0", CA, *SERVER), stdin=other_end) as server:
+            os.close(other_end)
+            server.wait_for("^trusting ")
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_for("^reloaded$")
+            os.close(terminal)
+            self.assertEqual(server.end(), 0)
+            self.assertEqual(server.lines[-3:], ["stopping, connections: 0 (who sends on may lose replies)", "stopped", ""])
+
+
+class Container(TestCase):
+    """As process 1 of a container, where the kernel ignores signals that nobody handles."""
+
+    CONTAINER = ["unshare", "--pid", "--fork", "--kill-child"]
+
+    def setUp(self):
+        if not shutil.which("unshare") or run(*self.CONTAINER, "true")[0]:
+            self.skipTest("no process namespace can be made here")
+
+    def first_process(self, process):
+        """Return the process ID of what is process 1 there."""
+        with open(f"/proc/{process.pid}/task/{process.pid}/children") as children:
+            return int(children.read())
+
+    def test_the_client_can_be_interrupted(self):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            command = client_command(silent.getsockname()[1], "--timeout", str(PATIENCE))
+            with Process(*self.CONTAINER, *command) as process:
+                silent.accept()[0].recv(1)
+                os.kill(self.first_process(process.process), signal.SIGINT)
+                self.assertEqual(process.end(), 130)
+
+    def test_the_server_stops_even_where_nobody_reads_its_log(self):
+        reader, writer = os.pipe()
+        command = [*self.CONTAINER, sys.executable, shortened("server_try", STOP_SECONDS=1), "--port", "0", CA, *SERVER]
+        with subprocess.Popen(command, cwd=Project.get(), stderr=writer) as process:
+            try:
+                port = int(os.read(reader, 1000).splitlines()[0].rpartition(b":")[2])
+                os.set_blocking(writer, False)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        os.write(writer, b"x" * 100)
+                os.set_blocking(writer, True)
+                for _ in range(20):
+                    socket.create_connection(("127.0.0.1", port)).close()
+                os.kill(self.first_process(process), signal.SIGTERM)
+                self.assertEqual(process.wait(PATIENCE), 0)
+            finally:
+                process.kill()
+                os.close(reader)
+                os.close(writer)
+
+
+class Threads(TestCase):
+    def test_a_thread_that_cannot_be_had_keeps_one_client_waiting_and_nobody_else(self):
+        command = [sys.executable, "-c", FEW_THREADS, os.path.join(ROOT, "server_try"), "--port", "0", CA, *SERVER]
+        with Process(*command) as server:
+            port = int(server.wait_for(r"^listening on .*:(\d+)$").group(1))
+            with contextlib.ExitStack() as stack:
+                first, *others = [stack.enter_context(connection(port)) for _ in range(8)]
+                ninth = Process(*client_command(port, "--timeout", str(PATIENCE)))
+                server.wait_for("^cannot serve more clients at once for now: can't start new thread$")
+                for tls in others:
+                    tls.sendall(b"1\n")
+                    self.assertEqual(tls.recv(10), b"2\n")
+                first.unwrap().close()
+                with ninth:
+                    self.assertEqual((ninth.end(), ninth.process.stdout.read()), (0, b"42\n"), ninth.log())
+            self.assertEqual(client(port)[:2], (0, "42\n"))
+            server.process.terminate()
+            self.assertEqual(server.end(), 0)
+            self.assertNotIn("Traceback", server.log())
+
+    def test_too_few_threads_at_the_start_are_one_line(self):
+        few = FEW_THREADS.replace("range(9)", "range(3)")
+        status, _, errors = run(sys.executable, "-c", few, os.path.join(ROOT, "server_try"), "--port", "0", CA, *SERVER)
+        self.assertEqual(status, 1)
+        self.assertEqual(errors.splitlines()[-1], "server_try: can't start new thread")
