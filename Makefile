@@ -40,34 +40,36 @@ auth/server.crt: auth/server.req $(CA).cert
 	    -extensions server_cert -in auth/server.req -days $(DAYS) -out $@)
 	@cat $(CA).cert >> $@
 
-# Show a command as it is typed, and what it says only if it fails; one at a time touches a CA.
+# Show a command as it is typed, and run it with nobody else at the CA; it speaks only if it fails.
 define run
 @$(SHOW) '$(subst ','\'',$(1))'
-@said=$$($(if $(findstring openssl ca,$(subst $(OPENSSL),openssl,$(1))),trap '' HUP INT TERM;) \
-    umask 077; $(LOCK) $(1) 2>&1) && chmod a+r $@ || { printf '%s\n' "$$said"; exit 1; }
+@umask 077; $(PYTHON) auth/machines run $(1) && chmod a+r $@
 endef
 SHOW = printf '%s\n'
-LOCK := $(if $(shell :; command -v flock),flock auth,)
 
 .DEFAULT_GOAL := help
 $(if $(filter 3.7% 3.80,$(MAKE_VERSION)),$(error GNU make 3.81 or later is needed; this is $(MAKE_VERSION)))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help certs alt-certs odd-certs server-cert client-cert list renew revoke crl
+.PHONY: help certs alt-certs odd-certs server-cert client-cert list check renew revoke crl
 .PHONY: demo test bench clean fit-openssl
 
 certs: $(CA).cert auth/client.req auth/server.req auth/client.crt auth/server.crt
-	@sh auth/machines outlived
+	@$(PYTHON) auth/machines outlived
 	@$(SHOW) 'Next: ./server_try $(CA).cert auth/server.crt auth/server.key' \
 	    '      ./client_try $(CA).cert auth/client.crt auth/client.key   # in another terminal'
 
-# Machines of one's own, by role: auth/machines has how.
-export OPENSSL PYTHON NEWKEY DAYS CRL_DAYS ORGANIZATION CA NAME NAMES
+# Machines of one's own: auth/README.md has how, auth/machines does it. NAME, NAMES, SERIAL and FORCE
+# count on make's command line alone, since some systems have a NAME in the environment.
+given = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
+export GIVEN_NAME = $(call given,NAME)
+export GIVEN_NAMES = $(call given,NAMES)
+export GIVEN_SERIAL = $(call given,SERIAL)
+export OPENSSL NEWKEY DAYS CRL_DAYS ORGANIZATION
 server-cert client-cert: $(CA).cert
-	@sh auth/machines $@
-list renew revoke crl:
-	@test -f $(CA).cert || { echo 'no CA here: make certs comes first'; exit 1; }
-	@sh auth/machines $@
+	@$(PYTHON) auth/machines certify $(@:-cert=)
+list check renew revoke crl:
+	@$(PYTHON) auth/machines $@
 
 # For the README's experiments: a second CA, which signs the same requests, and certificates that
 # must not get anybody in.
@@ -100,7 +102,7 @@ demo:
 	@$(MAKE) -s SHOW=: certs
 	@for end in client server; do \
 	    $(OPENSSL) x509 -noout -checkend 60 -in auth/$$end.crt > /dev/null || \
-	        { echo "renewing auth/$$end.crt, which has expired"; sh auth/machines sign auth/$$end $$end || exit; }; \
+	        { echo "renewing auth/$$end.crt, which has expired"; $(PYTHON) auth/machines sign auth/$$end $$end || exit; }; \
 	done
 	@sh tests/demo $(PORT)
 
@@ -111,11 +113,7 @@ bench: certs
 	$(PYTHON) tests/bench.py
 
 clean:
-	@machines=$$(sed 's/.*[/]CN=//' auth/test-ca/index.txt 2> /dev/null | grep -vx example.com | sort -u | tr '\n' ' '); \
-	if test "$$machines" && test '$(FORCE)' != yes; then \
-	    echo "This CA is in use. Without its key nothing can be renewed or revoked for: $$machines"; \
-	    echo 'To delete it all the same: make clean FORCE=yes'; exit 1; \
-	fi
+	@test '$(call given,FORCE)' = yes || $(PYTHON) auth/machines in-use
 	rm -rf auth/test-ca auth/alt-ca auth/clients auth/servers tests/__pycache__
 	rm -f auth/*.key auth/*.req auth/*.crt
 
@@ -130,9 +128,10 @@ help:
 	@echo 'make alt-certs odd-certs            a second CA, and certificates that are turned away: to experiment'
 	@echo 'make server-cert NAME=db1.internal  the certificate of another server, by NAMES="db1 10.0.0.7" too'
 	@echo 'make client-cert NAME=laptop7       the certificate of another client'
-	@echo 'make list                           what this CA has made, and what has become of it'
+	@echo 'make list                           the newest certificate of each machine'
+	@echo 'make check                          what is wrong, or ends soon; for cron'
 	@echo 'make renew                          new certificates for the same requests, and a new CRL'
-	@echo 'make revoke NAME=laptop7            revoke all its certificates, and make a new CRL'
+	@echo 'make revoke NAME=laptop7            revoke all its certificates (or SERIAL=111D, one); a new CRL'
 	@echo 'make crl                            a new list of what is revoked (CRL)'
 	@echo 'make test                           run the tests'
 	@echo 'make bench                          measure what connections cost, here and elsewhere'
