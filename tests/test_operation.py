@@ -58,7 +58,7 @@ class Stopping(TestCase):
             server.wait_for("^stopping")
             server.process.send_signal(signal.SIGINT)
             self.assertEqual(server.end(), 0)
-            self.assertEqual(server.lines[-2], "stopping, connections: 1 (who sends on may lose replies)")
+            self.assertEqual(server.lines[-2], "stopping, connections: 1 (any still sending may lose replies)")
 
     @unittest.skipUnless(sys.platform == "linux", "the size of a pipe is Linux's to set")
     def test_in_time_even_where_nobody_reads_the_log(self):

@@ -144,7 +144,7 @@ class Lesson(TestCase):
                 self.server.process.send_signal(signal.SIGINT)
                 self.assertEqual(self.server.end(), 0)
                 # It says how a connection ended a moment before it stops counting it.
-                self.assertRegex("\n".join(self.server.lines[self.seen:]), r"\Astopping, connections: [01] \(who .*\)\nstopped\n\Z")
+                self.assertRegex("\n".join(self.server.lines[self.seen:]), r"\Astopping, connections: [01] \(any .*\)\nstopped\n\Z")
             self.server = None
 
     def experiment(self, number, cells):

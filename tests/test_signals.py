@@ -80,7 +80,7 @@ class Terminal(TestCase):
             server.wait_for("^reloaded$")
             os.close(terminal)
             self.assertEqual(server.end(), 0)
-            self.assertEqual(server.lines[-3:], ["stopping, connections: 0 (who sends on may lose replies)", "stopped", ""])
+            self.assertEqual(server.lines[-3:], ["stopping, connections: 0 (any still sending may lose replies)", "stopped", ""])
 
 
 class Container(TestCase):

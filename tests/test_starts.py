@@ -19,7 +19,7 @@ from support import (CA, CLIENT, PATIENCE, ROOT, SERVER, Process, Project, Serve
 class BadFiles(TestCase):
     """Every file, at each end."""
 
-    PAIR = "unreadable; wanted: a PEM certificate, its PEM key, any passphrase"
+    PAIR = "unreadable; wanted: PEM certificate, PEM key, passphrase if any"
 
     def setUp(self):
         self.folder = Project.get()
@@ -112,7 +112,7 @@ class BadFiles(TestCase):
         for script in "server_try", "client_try":
             status, _, errors = run(sys.executable, os.path.join(ROOT, script), "--port", "1", *files, start_new_session=True)
             self.assertEqual(status, 1)
-            self.assertRegex(errors.splitlines()[-1], f"^{script}: auth/server.crt and encrypted.key: .*any passphrase$")
+            self.assertRegex(errors.splitlines()[-1], f"^{script}: auth/server.crt and encrypted.key: .*passphrase if any$")
             self.assertNotIn("Traceback", errors)
 
     def at_a_terminal(self, answer):
@@ -150,7 +150,7 @@ class BadFiles(TestCase):
             with contextlib.suppress(OSError):  # when the server has ended, nobody is at the terminal's other end
                 while True:
                     self.answer(terminal, answer)  # OpenSSL 3 asks twice
-            self.assertRegex(server.stderr.read(), b"server_try: auth/server.crt and encrypted.key: .*any passphrase\n$")
+            self.assertRegex(server.stderr.read(), b"server_try: auth/server.crt and encrypted.key: .*passphrase if any\n$")
             self.assertEqual(server.wait(PATIENCE), 1)
 
     def test_file_through_a_pipe(self):
@@ -292,7 +292,7 @@ class Usage(TestCase):
             for command in commands:
                 status, _, errors = run(*command)
                 self.assertEqual(status, 1)
-                self.assertOneLine(errors, "needs Python 3.8, TLS 1.3; this is 3.", "SSL ")
+                self.assertOneLine(errors, "needs Python 3.8 with TLS 1.3; this is 3.", "SSL ")
 
     def check(self, script, arguments):
         with self.subTest(script, arguments=arguments):
