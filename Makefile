@@ -99,12 +99,12 @@ auth/self-signed.crt: auth/client.req
 	    -subj "$(ORGANIZATION)/OU=Client/CN=example.com" -key auth/client.key -out $@)
 
 demo:
-	@$(MAKE) -s SHOW=: certs
+	@$(MAKE) -s SHOW=: certs alt-certs
 	@for end in client server; do \
 	    $(OPENSSL) x509 -noout -checkend 60 -in auth/$$end.crt > /dev/null || \
 	        { echo "renewing auth/$$end.crt, which has expired"; $(PYTHON) auth/machines sign auth/$$end $$end || exit; }; \
 	done
-	@sh tests/demo $(PORT)
+	@$(PYTHON) tests/demo $(PORT)
 
 test:
 	MAKE='$(MAKE)' $(PYTHON) tests

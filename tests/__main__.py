@@ -20,17 +20,23 @@ def run(module):
 def main():
     modules = sys.argv[1:] or sorted((name[:-3] for name in os.listdir(HERE) if re.match(r"test_\w+\.py$", name)),
                                      key=lambda name: -os.path.getsize(os.path.join(HERE, name + ".py")))
-    begun, ran, failed = time.monotonic(), 0, []
+    begun, failed = time.monotonic(), []
+    counts = dict.fromkeys(["ran", "failures", "errors", "skipped"], 0)
     with concurrent.futures.ThreadPoolExecutor(3 * os.cpu_count()) as pool:
         for future in concurrent.futures.as_completed([pool.submit(run, module) for module in modules]):
             module, status, said = future.result()
             print(f"{module}\n{said}", flush=True)
-            count = re.search(r"(?m)^Ran (\d+) test", said)
-            ran += int(count[1]) if count else 0
-            if status or not count:
+            found = dict(re.findall(r"(failures|errors|skipped)=(\d+)", said[said.rfind("\nRan "):]))
+            found["ran"] = next(iter(re.findall(r"(?m)^Ran (\d+) test", said)), 0)
+            for what in found:
+                counts[what] += int(found[what])
+            if status:
                 failed.append(module)
-    print(f"Ran {ran} tests in {time.monotonic() - begun:.0f} s")
-    sys.exit(f"FAILED in {', '.join(failed)}" if failed or not ran else None)
+                counts["errors"] += not found["ran"]
+    bad = counts["failures"] + counts["errors"]
+    print(f"{time.monotonic() - begun:.0f} s" + (f"; FAILED in {', '.join(failed)}" if failed else ""))
+    print(f"{max(counts['ran'] - bad - counts['skipped'], 0)} passed, {bad} failed, {counts['skipped']} skipped")
+    sys.exit(1 if failed or not counts["ran"] else 0)
 
 
 main()

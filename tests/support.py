@@ -31,14 +31,14 @@ def copy_project(folder):
     """Copy to a new folder what a clone has, and return its name."""
     for name in ("auth", "tests"):
         os.makedirs(os.path.join(folder, name))
-    for name in ("server_try", "client_try", "Makefile", "README.md", "auth/test-ca.conf", "auth/machines", "tests/demo"):
+    for name in ("server_try", "client_try", "Makefile", "README.md", "auth/README.md", "auth/test-ca.conf", "auth/machines", "tests/demo"):
         shutil.copy2(os.path.join(ROOT, name), os.path.join(folder, name))
     return folder
 
 
-def readme():
-    """Return the text of the README."""
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+def readme(folder=""):
+    """Return the text of the README of a folder."""
+    with open(os.path.join(ROOT, folder, "README.md"), encoding="utf-8") as file:
         return file.read()
 
 
@@ -110,8 +110,9 @@ class Process:
     def __init__(self, *arguments, folder=None, **options):
         self.lines = []
         self.news = threading.Condition()
-        self.process = subprocess.Popen(arguments, cwd=folder or Project.get(), stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        options.setdefault("stdin", subprocess.DEVNULL)
+        self.process = subprocess.Popen(arguments, cwd=folder or Project.get(), stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, **options)
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 

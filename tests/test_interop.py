@@ -171,7 +171,7 @@ class LoadBalancer(TestCase):
         haproxy = shutil.which("haproxy", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
         if not haproxy:
             self.skipTest("haproxy is not installed")
-        config = re.search(r"(?s)^```\n(defaults\n.*?)^```$", readme(), re.M).group(1)
+        config = re.search(r"(?s)^```\n(defaults\n.*?)^```$", readme("auth"), re.M).group(1)
         port = free_port()
         with Server() as one, Server() as two:
             for name, number in ("6420", port), ("6421", one.port), ("6422", two.port):

@@ -70,6 +70,44 @@ class Starting(TestCase):
                 self.assertEqual(process.returncode, status)
 
 
+class Reloading(TestCase):
+    def test_sigterm_and_ctrl_c_while_it_waits_for_a_file(self):
+        """Its CA has become a pipe that nobody writes into."""
+        ca = os.path.join(temporary_folder(), "ca")
+        for number in signal.SIGTERM, signal.SIGINT:
+            shutil.copy(os.path.join(Project.get(), CA), ca)
+            with Process(sys.executable, os.path.join(ROOT, "server_try"), "--port", "0", ca, *SERVER) as server:
+                server.wait_for("^trusting ")
+                os.remove(ca)
+                os.mkfifo(ca)
+                server.process.send_signal(signal.SIGHUP)
+                with open(ca, "w"):  # it has begun to load
+                    server.process.send_signal(number)
+                    self.assertEqual(server.end(), 0)
+                self.assertEqual(server.lines[-2], "stopped")
+                os.remove(ca)
+
+    def test_sigterm_while_a_reload_writes_to_a_log_that_nobody_reads(self):
+        reader, writer = os.pipe()
+        command = [sys.executable, shortened("server_try", STOP_SECONDS=1), "--port", "0", CA, *SERVER]
+        with subprocess.Popen(command, cwd=Project.get(), stderr=writer) as process:
+            try:
+                os.read(reader, 1000)
+                os.set_blocking(writer, False)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        os.write(writer, b"x" * 100)
+                os.set_blocking(writer, True)
+                process.send_signal(signal.SIGHUP)
+                time.sleep(0.5)
+                process.terminate()
+                self.assertEqual(process.wait(PATIENCE), 0)
+            finally:
+                process.kill()
+                os.close(reader)
+                os.close(writer)
+
+
 class Terminal(TestCase):
     def test_it_ends_with_its_terminal_and_reloads_while_that_is_there(self):
         terminal, other_end = pty.openpty()
@@ -101,9 +139,10 @@ class Container(TestCase):
         with socket.create_server(("127.0.0.1", 0)) as silent:
             command = client_command(silent.getsockname()[1], "--timeout", str(PATIENCE))
             with Process(*self.CONTAINER, *command) as process:
-                silent.accept()[0].recv(1)
-                os.kill(self.first_process(process.process), signal.SIGINT)
-                self.assertEqual(process.end(), 130)
+                with silent.accept()[0] as connected:
+                    connected.recv(1)
+                    os.kill(self.first_process(process.process), signal.SIGINT)
+                    self.assertEqual(process.end(), 130)
 
     def test_the_server_stops_even_where_nobody_reads_its_log(self):
         reader, writer = os.pipe()
