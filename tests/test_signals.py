@@ -64,8 +64,9 @@ class Starting(TestCase):
                 fifo = os.path.join(temporary_folder(), "fifo")
                 os.mkfifo(fifo)
                 process = subprocess.Popen([sys.executable, os.path.join(ROOT, script), fifo], stderr=subprocess.PIPE)
-                with process, open(fifo, "w"):  # it has got as far as its CA certificate
-                    process.send_signal(number)
+                with process:
+                    with open(fifo, "w"):  # it has got as far as its CA certificate
+                        process.send_signal(number)
                     self.assertEqual(process.stderr.read(), b"")
                 self.assertEqual(process.returncode, status)
 
@@ -83,7 +84,7 @@ class Reloading(TestCase):
                 server.process.send_signal(signal.SIGHUP)
                 with open(ca, "w"):  # it has begun to load
                     server.process.send_signal(number)
-                    self.assertEqual(server.end(), 0)
+                self.assertEqual(server.end(), 0)
                 self.assertEqual(server.lines[-2], "stopped")
                 os.remove(ca)
 
