@@ -19,6 +19,7 @@ from support import (CA, CLIENT, FAST, MAKE, PATIENCE, ROOT, Process, Project, S
 
 ASIDE = [(r"\(serial [\w…]+, until \w+ [ \d]\d [\d:]+ \d+ GMT\)", "(serial N)"), (r"127\.0\.0\.1:\d+", "HOST:PORT"),
          (r"(?m)^revoked \w+", "revoked N"), (r"\b(?!2 |8 )\d+ bytes$", "N bytes"),
+         ("CompressedCertificate", "Certificate"),  # as OpenSSL from 3.2 on may send it
          (r"^< CloseNotify, 2 bytes\n", ""),  # the client does not wait for it, but it may have come
          # OpenSSL's words change with its version.
          ("self signed", "self-signed"), ("unsupported certificate purpose", "unsuitable certificate purpose"),
