@@ -15,9 +15,12 @@ CA = auth/test-ca/test-ca
 
 # A CA: its records, its key, and the certificate that it gives itself.
 $(CA).cert:
+	@test -z "`ls auth/test-ca/new_certs 2> /dev/null`" || \
+	    { echo '$@ is missing, and has signed certificates: restore a back-up'; exit 1; }
 	mkdir -p auth/test-ca/new_certs
 	touch auth/test-ca/index.txt
 	echo $(SERIAL) > auth/test-ca/serial
+	echo 01 > auth/test-ca/crlnumber
 	$(call run,$(OPENSSL) req -config auth/test-ca.conf -new -x509 -extensions ca_cert -subj "$(CA_SUBJECT)" \
 	    -newkey $(NEWKEY) -nodes -days $(CA_DAYS) -keyout $(CA).key -out $@)
 

@@ -191,8 +191,22 @@ class Said(Home):
             text = self.openssl("x509", "-in", f"auth/clients/pc{number}.crt", "-noout", "-subject", "-nameopt", "sep_comma_plus,utf8")
             self.assertRegex(text, f"C ?= ?NZ,L ?= ?Köln,O ?= ?{re.escape(shown)},OU ?= ?Client,CN ?= ?pc{number}")
         for name in "/O=A+B Ltd", "/O=A/B Ltd", "/DC=example/O=x", "/street=x", "O=x", "", "/O=":
-            self.assertIn("ORGANIZATION: ", make(self.home, "client-cert", "NAME=pc9", f"ORGANIZATION={name}", status=2))
+            self.assertIn("ORGANIZATION=", make(self.home, "client-cert", "NAME=pc9", f"ORGANIZATION={name}", status=2))
             self.assertFalse(os.path.exists(self.path("auth/clients/pc9.key")))
+
+    def test_a_lost_ca_certificate_is_not_replaced(self):
+        os.remove(self.path(CA))
+        key = self.path("auth/test-ca/test-ca.key")
+        with open(key) as file:
+            before = file.read()
+        for arguments in ["certs"], ["server-cert", "NAME=db9"]:
+            self.assertIn("restore a back-up", make(self.home, *arguments, status=2))
+        with open(key) as file:
+            self.assertEqual(file.read(), before)
+
+    def test_days_that_are_none(self):
+        for setting in "DAYS=x", "DAYS=0", "CRL_DAYS=":
+            self.assertIn("not a number of days", make(self.home, "renew", setting, status=2))
 
     def test_names(self):
         for goal in "client-cert", "server-cert":

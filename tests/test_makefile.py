@@ -359,7 +359,7 @@ class Fresh(TestCase):
             os.killpg(process.pid, signal.SIGINT)
         self.assertNotEqual(process.returncode, 0)
         for name in set(listing(self.folder)) - set(before):
-            self.assertRegex(name, r"(index.txt|serial|\.key)$")  # no certificate goes with the key: it is made anew
+            self.assertRegex(name, r"(index.txt|serial|crlnumber|\.key)$")  # no certificate goes with the key: it is made anew
         make(self.folder, "certs", FAST)
 
     def test_strict_default_of_python_3_13(self):
