@@ -156,6 +156,8 @@ class Fresh(TestCase):
             self.assertRegex(text, f"CN ?= ?{name}")
             self.openssl("verify", "-x509_strict", "-purpose", "ssl" + goal[:6], "-CAfile", CA, file + ".crt")
             self.assertEqual(os.stat(self.path(file + ".key")).st_mode & 0o777, 0o600)
+            with open(self.path(file + ".crt")) as both:  # the CA's own goes along
+                self.assertEqual(both.read().count("BEGIN CERTIFICATE"), 2)
         with Server(folder=self.folder, files=(CA, "auth/servers/db1.internal.crt", "auth/servers/db1.internal.key")) as server:
             files = (CA, "auth/clients/laptop7.crt", "auth/clients/laptop7.key")
             self.assertEqual(client(server.port, "--server-name", "db1.internal", files=files, folder=self.folder)[:2], (0, "42\n"))

@@ -173,6 +173,19 @@ class BadFiles(TestCase):
         self.assertEqual(errors, "client_try: no/such/folder: No such file or directory; wanted: a file to write to\n")
 
 
+class Check(TestCase):
+    def test_it_loads_the_files_says_whom_it_trusts_and_ends(self):
+        with Server() as server:  # the port is taken, as before a reload
+            command = [sys.executable, os.path.join(ROOT, "server_try"), "--check", "--port", str(server.port)]
+            status, output, errors = run(*command, CA, *SERVER)
+            self.assertEqual((status, output), (0, ""), errors)
+            self.assertRegex(errors, r"\Athe files are good\ntrusting CN=example.com, OU=Trust Me, .*\n\Z")
+            self.assertEqual(errors.splitlines()[1], server.lines[1])
+            status, output, errors = run(*command, CA, SERVER[0], CLIENT[1])
+            self.assertEqual((status, output), (1, ""))
+            self.assertOneLine(errors, "server_try: auth/server.crt and auth/client.key: key values mismatch")
+
+
 class BadAddresses(TestCase):
     def server(self, *arguments):
         status, output, errors = run(sys.executable, os.path.join(ROOT, "server_try"), *arguments, CA, *SERVER)
@@ -235,11 +248,11 @@ class Names(TestCase):
 
     def test_final_dot(self):
         with Server("--host", "localhost") as server:
+            self.assertEqual(client(server.port, "--host", "127.0.0.1", "--server-name", "localhost.")[:2], (0, "42\n"))
             status, output, errors = client(server.port, "--host", "localhost.")
             if "localhost.:" in errors and status and "turned" not in errors:
                 self.skipTest("localhost. is no name here: " + errors)
             self.assertEqual((status, output), (0, "42\n"), errors)
-            self.assertEqual(client(server.port, "--host", "127.0.0.1", "--server-name", "localhost.")[:2], (0, "42\n"))
 
     def test_link_local_address_with_its_zone(self):
         """In a network namespace of its own, with an interface that has such an address."""
