@@ -69,6 +69,11 @@ class Fresh(TestCase):
         make(self.folder, "clean")
         self.assertEqual(listing(self.folder), before)
 
+    def test_the_second_ca_needs_no_first_one(self):
+        make(self.folder, FAST, "alt-certs")
+        self.openssl("verify", "-CAfile", "auth/alt-ca/alt-ca.cert", "auth/alt-client.crt")
+        self.assertFalse(os.path.exists(self.path("auth/test-ca")))
+
     def test_clean_spares_a_ca_in_use(self):
         make(self.folder, FAST, "client-cert", "NAME=laptop7")
         self.assertRegex(make(self.folder, "clean", status=2), "in use.*laptop7\n.*FORCE=yes")
@@ -358,7 +363,10 @@ class Fresh(TestCase):
         with self.start("certs", "NEWKEY=rsa:16384", stdout=subprocess.PIPE) as process:
             while not process.stdout.readline().startswith(b"openssl req"):
                 pass
-            os.killpg(process.pid, signal.SIGINT)
+            while process.poll() is None:  # make blocks the signal for the instant in which it starts a command
+                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, signal.SIGINT)
+                    process.wait(0.5)
         self.assertNotEqual(process.returncode, 0)
         for name in set(listing(self.folder)) - set(before):
             self.assertRegex(name, r"(index.txt|serial|crlnumber|\.key)$")  # no certificate goes with the key: it is made anew
