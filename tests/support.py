@@ -49,7 +49,7 @@ def plain_environment():
 
 def make(folder, *arguments, status=0):
     """Run make in a folder; return what it printed, after a check of its exit status."""
-    with subprocess.Popen([MAKE, *arguments], cwd=folder, env=plain_environment(), stdin=subprocess.DEVNULL, start_new_session=True,
+    with subprocess.Popen([MAKE, f"PYTHON={sys.executable}", *arguments], cwd=folder, env=plain_environment(), stdin=subprocess.DEVNULL, start_new_session=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True) as process:
         try:
             said, _ = process.communicate(timeout=PATIENCE)

@@ -94,7 +94,7 @@ class Records(Home):
                     self.change("auth/test-ca/" + record, damage)
                     said = make(self.home, "renew")
                     if record == "index.txt" or (record == "serial" and what != "without its newline"):
-                        self.assertIn("put right: " + record, said)
+                        self.assertIn("put right: auth/test-ca/" + record, said)
                     self.check_all_is_well()
                     self.assertNotIn("put right", make(self.home, "renew"))
 
@@ -232,6 +232,7 @@ class Said(Home):
         with open(self.path("auth/test-ca/index.txt"), "a") as file:
             for serial in range(0x2000, 0x2000 + 1000):
                 file.write("\t".join([*row[:3], f"{serial:X}", *row[4:]]))
+        self.change("auth/test-ca/serial", lambda data: b"23E8\n")
         with open(self.path("openssl"), "w") as file:
             file.write('#!/bin/sh\necho >> calls\nexec openssl "$@"\n')
         os.chmod(self.path("openssl"), 0o755)
