@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+from support import Project
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -22,6 +24,7 @@ def main():
                                      key=lambda name: -os.path.getsize(os.path.join(HERE, name + ".py")))
     begun, failed = time.monotonic(), []
     counts = dict.fromkeys(["ran", "failures", "errors", "skipped"], 0)
+    os.environ[Project.MADE] = Project.get()
     with concurrent.futures.ThreadPoolExecutor(3 * os.cpu_count()) as pool:
         for future in concurrent.futures.as_completed([pool.submit(run, module) for module in modules]):
             module, status, said = future.result()

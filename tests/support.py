@@ -2,9 +2,12 @@
 
 import atexit
 import contextlib
+import functools
+import glob
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -47,18 +50,32 @@ def plain_environment():
     return {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
 
 
-def make(folder, *arguments, status=0):
+def make_command(*arguments):
+    """Return the command of a make that uses the Python of the tests, and keys that are made at once."""
+    return [MAKE, f"PYTHON={sys.executable}", FAST, *arguments]
+
+
+def make(folder, *arguments, status=0, environment=None):
     """Run make in a folder; return what it printed, after a check of its exit status."""
-    with subprocess.Popen([MAKE, f"PYTHON={sys.executable}", *arguments], cwd=folder, env=plain_environment(), stdin=subprocess.DEVNULL, start_new_session=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True) as process:
+    with subprocess.Popen(make_command(*arguments), cwd=folder, env=environment or plain_environment(), stdin=subprocess.DEVNULL,
+                          start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
-            said, _ = process.communicate(timeout=PATIENCE)
+            said = process.communicate(timeout=PATIENCE)[0].decode("utf-8", "backslashreplace")
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)  # whatever it has started
             raise
     if process.returncode != status:
         raise AssertionError(f"make {arguments} ended with {process.returncode}:\n{said}")
     return said
+
+
+@functools.lru_cache(maxsize=None)
+def template(*commands):
+    """Return a clone in which make has done these commands; it is made once, and only to be copied."""
+    folder = copy_project(os.path.join(temporary_folder(), "clone"))
+    for command in commands:
+        make(folder, *shlex.split(command))
+    return folder
 
 
 def wait_until(condition, seconds=PATIENCE):
@@ -93,13 +110,14 @@ def temporary_folder():
 class Project:
     """One copy of the project with both CAs' certificates, made when it is first asked for."""
 
+    MADE = "SERVER_TRY_MADE"  # in the environment: where the tests' main process has made it for all
     folder = None
 
     @classmethod
     def get(cls):
         if cls.folder is None:
-            folder = copy_project(os.path.join(temporary_folder(), "a path with spaces"))
-            make(folder, "-j8", FAST, "certs", "alt-certs", "odd-certs")
+            folder = os.path.join(temporary_folder(), "a path with spaces, 'quotes\" and Gr\u00f6\u00dfe")
+            shutil.copytree(os.environ.get(cls.MADE) or template("-j8 certs alt-certs odd-certs"), folder)
             cls.folder = folder
         return cls.folder
 
@@ -316,3 +334,86 @@ class TestCase(unittest.TestCase):
             self.assertIn(part, text)
         self.assertNotIn("Traceback", text)
         self.assertNotRegex(text, r"_ssl\.c|Errno")
+
+
+class Home(TestCase):
+    """Each test has a clone of its own, in which make has done some commands."""
+
+    commands = ()
+
+    def setUp(self):
+        self.folder = os.path.join(temporary_folder(), "a 'home\" f\u00fcr")
+        shutil.copytree(template(*self.commands), self.folder)
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def command(self, *arguments):
+        return make_command(*arguments)
+
+    def make(self, *arguments, **options):
+        return make(self.folder, *arguments, **options)
+
+    def start(self, *arguments, **options):
+        """Start make in a process group of its own, as a shell does."""
+        options.setdefault("stdout", subprocess.DEVNULL)
+        return subprocess.Popen(make_command(*arguments), cwd=self.folder, env=plain_environment(), start_new_session=True,
+                                stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
+
+    def read_to(self, process, begin):
+        """Read what a process prints, as far as a line that begins so."""
+        self.assertTrue(any(line.startswith(begin) for line in process.stdout), begin)
+
+    def openssl(self, *arguments, status=0):
+        ended, output, errors = run("openssl", *arguments, folder=self.folder)
+        self.assertEqual(ended, status, output + errors)
+        return output
+
+    def verify(self, certificate, *options, ca=CA, status=0):
+        self.openssl("verify", "-x509_strict", *options, "-CAfile", ca, certificate, status=status)
+
+    def false_openssl(self, script):
+        """Make a shell script that make is told to take for openssl; return that setting."""
+        with open(self.path("openssl"), "w") as file:
+            file.write("#!/bin/sh\n" + script)
+        os.chmod(self.path("openssl"), 0o755)
+        return "OPENSSL=./openssl"
+
+    def change(self, name, change):
+        """Write what change() makes of a file's bytes; None removes it."""
+        with open(self.path(name), "rb") as file:
+            changed = change(file.read())
+        if changed is None:
+            os.remove(self.path(name))
+        else:
+            with open(self.path(name), "wb") as file:
+                file.write(changed)
+
+    def read(self, name):
+        with open(self.path(name), encoding="utf-8") as file:
+            return file.read()
+
+    def index(self):
+        """Return the CA's records, a list of columns for each certificate."""
+        return [line.split("\t") for line in self.read("auth/test-ca/index.txt").splitlines()]
+
+    def listing(self):
+        """Return the names of all files."""
+        return sorted(os.path.relpath(os.path.join(where, name), self.folder)
+                      for where, _, names in os.walk(self.folder) for name in names)
+
+    @staticmethod
+    def gone(group):
+        """Tell whether a process group is empty, but for ended processes that nobody has waited for."""
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        states = []
+        for stat in glob.glob("/proc/[0-9]*/stat"):
+            with contextlib.suppress(OSError), open(stat) as file:
+                state, _, its_group = file.read().rpartition(")")[2].split()[:3]
+                if int(its_group) == group:
+                    states.append(state)
+        return bool(states) and set(states) == {"Z"}

@@ -1,279 +1,286 @@
-"""The CA's home fails safe: whatever happens to its records, no revocation is forgotten and no serial number used twice."""
+"""The CA's home: what make's server-cert, client-cert, renew, revoke, crl, list, check and clean do."""
 
 import glob
 import os
 import re
 import shutil
-import signal
 import subprocess
+import time
 import unittest
 
-from support import CA, FAST, MAKE, PATIENCE, TestCase, copy_project, make, plain_environment, run, temporary_folder
+from support import CA, PATIENCE, Home, Server, client, plain_environment, run, template
 
 CRL = "auth/test-ca/test-ca.crl"
-THIEF = "auth/clients/laptop7.crt"
-# Kills its process group at the nth rename of a file, as a power cut would.
-CUT = """
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <signal.h>
-#include <stdlib.h>
-int rename(const char *from, const char *to) {
-    static int count;
-    if (++count == atoi(getenv("CUT"))) kill(0, SIGKILL);
-    return ((int (*)(const char *, const char *)) dlsym(RTLD_NEXT, "rename"))(from, to);
-}
-"""
+DB1 = "auth/servers/db1.internal"
+LAPTOP7 = "auth/clients/laptop7"
 
 
-class Home(TestCase):
-    """A CA with two machines, one of them revoked; its home is made once, and copied for each test."""
+class Names(Home):
+    commands = ("client-cert NAME=laptop7",)
 
-    template = None
+    def test_each_kind_of_name_gets_a_certificate_for_its_role_once(self):
+        for role, name, shown in [("server", "db1.internal", "DNS:db1.internal"), ("client", "db1.internal", "DNS:db1.internal"),
+                                  ("server", "192.0.2.7", "IP Address:192.0.2.7"), ("client", "build-server", "DNS:build-server"),
+                                  ("server", "2001:db8::1", "IP Address:2001:DB8:0:0:0:0:0:1"), ("server", "client.x", "DNS:client.x")]:
+            file = f"auth/{role}s/{name}"
+            self.assertIn(f"For {name}: {file}.crt, {file}.key and {CA}\n", self.make(f"{role}-cert", f"NAME={name}"))
+            text = self.openssl("x509", "-noout", "-text", "-in", file + ".crt")
+            self.assertIn(shown, text)
+            self.assertRegex(text, f"CN ?= ?{name}")
+            self.verify(file + ".crt", "-purpose", "ssl" + role)
+            self.assertEqual(os.stat(self.path(file + ".key")).st_mode & 0o777, 0o600)
+            self.assertEqual(self.read(file + ".crt").count("BEGIN CERTIFICATE"), 2)  # the CA's own goes along
+        before = self.read(DB1 + ".crt")
+        self.make("server-cert", "NAME=db1.internal")
+        self.assertEqual(self.read(DB1 + ".crt"), before)
+        with Server(folder=self.folder, files=(CA, DB1 + ".crt", DB1 + ".key")) as server:
+            files = (CA, LAPTOP7 + ".crt", LAPTOP7 + ".key")
+            self.assertEqual(client(server.port, "--server-name", "db1.internal", files=files, folder=self.folder)[:2], (0, "42\n"))
+            server.wait_for("accepted .*CN=laptop7")
 
-    def setUp(self):
-        if Home.template is None:
-            Home.template = copy_project(os.path.join(temporary_folder(), "home"))
-            for arguments in ["client-cert", "NAME=laptop7"], ["server-cert", "NAME=db1.internal", "NAMES=db1 10.0.0.7 fd00::7"]:
-                make(Home.template, FAST, *arguments)
-            shutil.copytree(Home.template, Home.template + " of before")
-            make(Home.template, "revoke", "NAME=laptop7")
-            make(Home.template, "renew")
-        self.home = os.path.join(temporary_folder(), "a home")
-        shutil.copytree(Home.template, self.home)
+    def test_names_that_are_none_get_a_sentence_each_and_leave_nothing(self):
+        before = self.listing()
+        for name, says in [("", "a name is missing: NAME=db1.internal, or an address, NAME=192.0.2.7"),
+                           ("a b", "one machine has one NAME, without spaces; others go into NAMES"),
+                           ("*.internal", "no wildcards: each machine has a certificate of its own"),
+                           ("a;b", "only letters, digits and . : - _ are allowed"), ("../x", "only letters, digits and . : - _ are allowed"),
+                           ("$(HOME)", "only letters, digits and . : - _ are allowed"),
+                           ("-x", "no leading hyphen, nor leading, last or double dot"), (".x", "no leading hyphen, nor leading, last or double dot"),
+                           ("db1.internal.", "no leading hyphen, nor leading, last or double dot"),
+                           ("a..b", "no leading hyphen, nor leading, last or double dot"),
+                           ("a" * 64, "too long: 64 characters are allowed, and 63 between two dots"),
+                           ("a" * 60 + ".bcde", "too long: 64 characters are allowed, and 63 between two dots"),
+                           ("999.1.1.1", "not an IP address, and no port belongs here"), ("host:8080", "not an IP address, and no port belongs here")]:
+            said = self.make("server-cert", f"NAME={name.replace('$', '$$')}", status=2)
+            self.assertEqual(said.splitlines()[0], f"NAME={name}: {says}")
+        for names, says in [("a,b", "only letters, digits and . : - _ are allowed"), ("one ::zz", "not an IP address, and no port belongs here"),
+                            ("b" * 64, "too long: 253 characters are allowed, and 63 between two dots")]:
+            said = self.make("client-cert", "NAME=fine", f"NAMES={names}", status=2)
+            self.assertEqual(said.splitlines()[0], f"NAMES={names.split()[-1]}: {says}")
+        self.assertEqual(self.listing(), before)
 
-    def path(self, name):
-        return os.path.join(self.home, name)
-
-    def openssl(self, *arguments):
-        status, output, errors = run("openssl", *arguments, folder=self.home)
-        self.assertEqual(status, 0, output + errors)
-        return output
-
-    def change(self, name, change):
-        """Write what change() makes of a file's bytes; None removes it."""
-        with open(self.path(name), "rb") as file:
-            changed = change(file.read())
-        if changed is None:
-            os.remove(self.path(name))
-        else:
-            with open(self.path(name), "wb") as file:
-                file.write(changed)
-
-    def check_all_is_well(self):
-        """The thief is revoked, no serial number was used twice, and the other machine's certificate is good."""
-        revoked = re.findall(r"Serial Number: (\w+)", self.openssl("crl", "-in", CRL, "-noout", "-text"))
-        self.assertIn("1111", revoked)
-        with open(self.path("auth/test-ca/index.txt")) as index:
-            rows = [line.rstrip("\n").split("\t") for line in index]
-        serials = [row[3] for row in rows]
-        self.assertEqual(len(serials), len(set(serials)))
-        self.assertEqual({row[3] for row in rows if row[0] == "R"}, set(revoked))
-        for file in glob.glob(self.path("auth/test-ca/new_certs/*.pem")):
-            self.assertIn(os.path.basename(file)[:-4], serials)
-            self.assertIn(os.path.basename(file)[:-4], self.openssl("x509", "-in", file, "-noout", "-serial"))
-        with open(self.path("auth/test-ca/serial")) as file:
-            self.assertGreater(int(file.read(), 16), max(int(serial, 16) for serial in serials))
-        self.openssl("verify", "-x509_strict", "-CAfile", CA, "auth/servers/db1.internal.crt")
-
-
-class Records(Home):
-    def test_whatever_happened_to_a_record_it_is_put_right(self):
-        before = Home.template + " of before/auth/test-ca/"
-        for record in "index.txt", "index.txt.attr", "serial", "crlnumber":
-            old = b""
-            if os.path.exists(before + record):
-                with open(before + record, "rb") as file:
-                    old = file.read()
-            for what, damage in [("missing", lambda data: None), ("empty", lambda data: b""), ("cut", lambda data: data[:len(data) // 2]),
-                                 ("without its newline", lambda data: data[:-1]), ("old", lambda data, old=old: old),
-                                 ("junk", lambda data: b"\xff\x00junk\n")]:
-                with self.subTest(record, was=what):
-                    shutil.rmtree(self.home)
-                    shutil.copytree(Home.template, self.home)
-                    self.change("auth/test-ca/" + record, damage)
-                    said = make(self.home, "renew")
-                    if record == "index.txt" or (record == "serial" and what != "without its newline"):
-                        self.assertIn("put right: auth/test-ca/" + record, said)
-                    self.check_all_is_well()
-                    self.assertNotIn("put right", make(self.home, "renew"))
-
-    def test_all_records_are_lost(self):
-        for record in "index.txt", "index.txt.attr", "serial", "crlnumber":
-            self.change("auth/test-ca/" + record, lambda data: None)
-        shutil.rmtree(self.path("auth/test-ca/new_certs"))
-        os.mkdir(self.path("auth/test-ca/new_certs"))
-        make(self.home, "crl")
-        self.assertIn("Serial Number: 1111", self.openssl("crl", "-in", CRL, "-noout", "-text"))
-
-    def test_a_crl_that_cannot_be_read_stops_it(self):
-        for damage in lambda data: b"", lambda data: data[:len(data) // 2], lambda data: b"junk":
-            shutil.copy(os.path.join(Home.template, CRL), self.path(CRL))
-            self.change(CRL, damage)
-            for arguments in ["renew"], ["crl"], ["revoke", "NAME=db1.internal"], ["client-cert", "NAME=laptop8", FAST]:
-                self.assertIn("test-ca.crl cannot be read", make(self.home, *arguments, status=2))
-
-    def test_a_power_cut_at_each_rename(self):
-        if not shutil.which("cc"):
-            self.skipTest("no C compiler here")
-        library = os.path.join(temporary_folder(), "cut.so")
-        built = subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-o", library, "-", "-ldl"], input=CUT.encode(), stderr=subprocess.PIPE)
-        self.assertEqual(built.returncode, 0, built.stderr)
-        for arguments in ["renew"], ["revoke", "NAME=db1.internal"]:
-            for number in range(1, 8):
-                with self.subTest(arguments, at_rename=number):
-                    shutil.rmtree(self.home)
-                    shutil.copytree(Home.template, self.home)
-                    cut = subprocess.Popen([MAKE, *arguments, f"OPENSSL=env LD_PRELOAD={library} CUT={number} openssl"],
-                                           cwd=self.home, env=plain_environment(), start_new_session=True, stdin=subprocess.DEVNULL,
-                                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                    self.addCleanup(cut.wait)
-                    cut.wait(PATIENCE)
-                    make(self.home, "renew")
-                    self.check_all_is_well()
-
-
-class Said(Home):
-    def test_names_in_the_environment_do_not_count(self):
-        environment = dict(plain_environment(), NAME="db1.internal", NAMES="x", SERIAL="1112", FORCE="yes")
-        before = self.openssl("crl", "-in", CRL, "-noout", "-text")
+    def test_settings_in_the_environment_do_not_count(self):
+        environment = dict(plain_environment(), NAME="laptop7", NAMES="x", SERIAL="1111", FORCE="yes")
         for goal, says in [("revoke", "a name is missing"), ("server-cert", "a name is missing"), ("clean", "in use")]:
-            done = subprocess.run([MAKE, goal], cwd=self.home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            self.assertEqual(done.returncode, 2)
-            self.assertIn(says, done.stdout.decode())
-        self.assertEqual(self.openssl("crl", "-in", CRL, "-noout", "-text"), before)
-        self.assertTrue(os.path.exists(self.path("auth/servers/db1.internal.req")))
-
-    def test_a_request_without_a_certificate_gets_one(self):
-        os.remove(self.path("auth/servers/db1.internal.crt"))
-        self.assertIn("auth/servers/db1.internal.crt until", make(self.home, "renew"))
-
-    def test_a_request_that_is_another_machines_is_not_signed(self):
-        make(self.home, FAST, "server-cert", "NAME=db2.internal")
-        shutil.copy(self.path("auth/servers/db2.internal.req"), self.path("auth/servers/db1.internal.req"))
-        with open(self.path("auth/servers/db1.internal.crt")) as file:
-            good = file.read()
-        said = make(self.home, "renew", status=2)
-        self.assertIn("db1.internal.req is a request for db2.internal, not db1.internal", said)
-        with open(self.path("auth/servers/db1.internal.crt")) as file:
-            self.assertEqual(file.read(), good)
-        self.assertIn("is a request for db2.internal", make(self.home, "check", status=2))
-
-    def test_a_slow_clock_changes_nothing(self):
-        if not shutil.which("faketime"):
-            self.skipTest("faketime is not installed")
-        def state():
-            return sorted((name, os.stat(name).st_mtime_ns) for name in glob.glob(self.path("auth/**"), recursive=True) if os.path.isfile(name))
-        before = state()
-        for arguments in ["renew"], ["crl"], ["client-cert", "NAME=laptop8"]:
-            done = subprocess.run(["faketime", "-f", "-30d", MAKE, *arguments], cwd=self.home, env=plain_environment(),
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            self.assertEqual(done.returncode, 2)
-            self.assertIn("the clock is wrong, nothing is done", done.stdout.decode())
-            self.assertEqual(state(), before)
-
-    def test_certificates_and_lists_begin_an_hour_early(self):
-        for command in ["x509", "-in", "auth/servers/db1.internal.crt", "-startdate"], ["crl", "-in", CRL, "-lastupdate"]:
-            begin = self.openssl(*command, "-noout").partition("=")[2].strip()
-            early = subprocess.run(["date", "-u", "-d", begin, "+%s"], stdout=subprocess.PIPE)
-            if early.returncode:
-                self.skipTest("this date(1) reads no dates")
-            made = os.stat(self.path(command[2])).st_mtime
-            if command[0] == "x509" or re.match("OpenSSL [3-9]", self.openssl("version")):
-                self.assertAlmostEqual(int(early.stdout), made - 3600, delta=PATIENCE)
+            self.assertIn(says, self.make(goal, environment=environment, status=2))
+        self.assertEqual([row[0] for row in self.index()], ["V"])
+        self.assertTrue(os.path.exists(self.path(LAPTOP7 + ".req")))
 
     def test_a_companys_name_comes_out_whole_or_is_refused(self):
         for number, (name, shown) in enumerate([("Müller & Söhne", "Müller & Söhne"), (r"A\+B Ltd", "A+B Ltd"), (r"A\/B Ltd", "A/B Ltd")]):
-            make(self.home, FAST, "client-cert", f"NAME=pc{number}", f"ORGANIZATION=/C=NZ/L=Köln/O={name}")
+            self.make("client-cert", f"NAME=pc{number}", f"ORGANIZATION=/C=NZ/L=Köln/O={name}")
             text = self.openssl("x509", "-in", f"auth/clients/pc{number}.crt", "-noout", "-subject", "-nameopt", "sep_comma_plus,utf8")
             self.assertRegex(text, f"C ?= ?NZ,L ?= ?Köln,O ?= ?{re.escape(shown)},OU ?= ?Client,CN ?= ?pc{number}")
         for name in "/O=A+B Ltd", "/O=A/B Ltd", "/DC=example/O=x", "/street=x", "O=x", "", "/O=":
-            self.assertIn("ORGANIZATION=", make(self.home, "client-cert", "NAME=pc9", f"ORGANIZATION={name}", status=2))
-            self.assertFalse(os.path.exists(self.path("auth/clients/pc9.key")))
+            self.assertIn(f"ORGANIZATION={name}: it is C=,", self.make("client-cert", "NAME=pc9", f"ORGANIZATION={name}", status=2))
+        self.assertFalse(os.path.exists(self.path("auth/clients/pc9.key")))
+
+    def test_days_that_are_none_are_refused(self):
+        for setting in "DAYS=x", "DAYS=0", "CRL_DAYS=":
+            self.assertEqual(self.make("renew", setting, status=2).splitlines()[0], f"{setting}: not a number of days")
+
+    def test_what_openssl_warns_of_is_passed_on(self):
+        openssl = self.false_openssl('test "$1" != req || echo "Warning: something is cut"; exec openssl "$@"\n')
+        self.assertIn("Warning: something is cut\n", self.make("client-cert", "NAME=pc0", openssl))
+
+
+class Machines(Home):
+    commands = ("server-cert NAME=db1.internal NAMES='db1 10.0.0.7 fd00::7'", "client-cert NAME=laptop7", "crl")
+
+    def revoked(self):
+        """Return the serial numbers that the list has."""
+        return re.findall(r"Serial Number: (\w+)", self.openssl("crl", "-in", CRL, "-noout", "-text"))
+
+    def test_renewal_needs_no_key_and_keeps_the_names(self):
+        os.remove(self.path(DB1 + ".key"))  # it has gone to its machine
+        what = ("x509", "-noout", "-pubkey", "-subject", "-ext", "subjectAltName,extendedKeyUsage,basicConstraints", "-in", DB1 + ".crt")
+        before, serial = self.openssl(*what), self.openssl("x509", "-noout", "-serial", "-in", DB1 + ".crt")
+        self.assertRegex(before, "DNS:db1.internal, DNS:db1, IP Address:10.0.0.7, IP Address:FD00:0:0:0:0:0:0:7")
+        number = self.openssl("crl", "-noout", "-crlnumber", "-in", CRL)
+        self.assertEqual([re.sub(r" until \w+ .* GMT", " until", line) for line in self.make("renew").splitlines()],
+                         [LAPTOP7 + ".crt until valid", DB1 + ".crt until valid", CRL + " valid 30 days",
+                          "Copy each .crt to its machine, a new .crl to its users, and send the servers SIGHUP."])
+        self.assertEqual(self.openssl(*what), before)
+        self.assertNotEqual(self.openssl("x509", "-noout", "-serial", "-in", DB1 + ".crt"), serial)
+        self.assertNotEqual(self.openssl("crl", "-noout", "-crlnumber", "-in", CRL), number)
+        self.assertIn(f"For db1.internal: {DB1}.crt and {CA}\n", self.make("server-cert", "NAME=db1.internal"))
+        self.assertFalse(os.path.exists(self.path(DB1 + ".key")))
+        self.assertNotIn("new .crl", self.make("renew").replace("a new .crl", ""))
+
+    def test_the_same_names_again_are_no_error_and_others_are(self):
+        self.make("server-cert", "NAME=db1.internal", "NAMES=10.0.0.7 fd00::7 db1")
+        self.assertIn("has other names: revoke db1.internal before", self.make("server-cert", "NAME=db1.internal", "NAMES=db2", status=2))
+        long = ".".join(["a" * 60] * 3)
+        self.make("server-cert", "NAME=db3", "NAMES=" + long)
+        self.assertIn("DNS:" + long, self.openssl("x509", "-in", "auth/servers/db3.crt", "-noout", "-text"))
+
+    def test_a_request_decides_nothing_but_names(self):
+        self.openssl("req", "-config", "auth/test-ca.conf", "-new", "-key", LAPTOP7 + ".key", "-subj", "/CN=laptop7",
+                     "-addext", "basicConstraints = CA:TRUE", "-addext", "extendedKeyUsage = serverAuth", "-addext",
+                     "subjectAltName = DNS:laptop7", "-out", LAPTOP7 + ".req")
+        self.make("renew")
+        text = self.openssl("x509", "-noout", "-text", "-in", LAPTOP7 + ".crt")
+        self.assertIn("CA:FALSE", text)
+        self.assertIn("TLS Web Client Authentication", text)
+        self.assertNotIn("TLS Web Server Authentication", text)
+
+    def test_renew_goes_by_the_requests(self):
+        os.remove(self.path(DB1 + ".crt"))
+        self.change(LAPTOP7 + ".crt", lambda data: data[:len(data) // 3])
+        said = self.make("renew")
+        for path in DB1, LAPTOP7:
+            self.assertIn(f"{path}.crt until", said)
+        good = self.read(DB1 + ".crt")
+        os.remove(self.path(DB1 + ".req"))
+        self.assertNotIn("db1", self.make("renew"))
+        self.assertEqual(self.read(DB1 + ".crt"), good)
+
+    def test_renewal_without_a_ca_is_refused(self):
+        shutil.rmtree(self.path("auth/test-ca"))
+        for goal in "renew", "crl", "list", "check":
+            self.assertEqual(self.make(goal, status=2).splitlines()[0], "no CA here: make certs comes first")
+
+    def test_a_request_that_is_another_machines_is_not_signed(self):
+        self.make("server-cert", "NAME=db2.internal")
+        shutil.copy(self.path("auth/servers/db2.internal.req"), self.path(DB1 + ".req"))
+        good, copies = self.read(DB1 + ".crt"), len(os.listdir(self.path("auth/test-ca/new_certs")))
+        said = self.make("renew", status=2)
+        self.assertIn(f"{DB1}.req is a request for db2.internal, not db1.internal\n", said)
+        self.assertIn(f"NOT renewed: {DB1}.crt\n", said)
+        self.assertEqual(self.read(DB1 + ".crt"), good)
+        self.assertEqual(len(os.listdir(self.path("auth/test-ca/new_certs"))), copies + 2)
+        self.assertIn("is a request for db2.internal", self.make("check", status=2))
+
+    def test_what_does_not_verify_takes_nobodys_place(self):
+        good = self.read(LAPTOP7 + ".crt")
+        openssl = self.false_openssl('test "$1" != verify && openssl "$@"\n')
+        self.assertIn(f"NOT renewed: {LAPTOP7}.crt {DB1}.crt\n", self.make("renew", openssl, status=2))
+        self.assertEqual(self.read(LAPTOP7 + ".crt"), good)
+        self.assertIn(LAPTOP7 + ".crt until", self.make("renew"))
+        self.assertEqual([row[3] for row in self.index()], [f"{0x1111 + number:X}" for number in range(6)])
+
+    @unittest.skipUnless(shutil.which("faketime"), "faketime is not installed")
+    def test_a_slow_clock_changes_nothing(self):
+        def state():
+            return {name: os.stat(self.path(name)).st_mtime_ns for name in self.listing()}
+        before = state()
+        for arguments in ["renew"], ["crl"], ["client-cert", "NAME=laptop8"], ["check"]:
+            done = subprocess.run(["faketime", "-f", "-30d", *self.command(*arguments)], cwd=self.folder, env=plain_environment(),
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self.assertEqual(done.returncode, 2)
+            self.assertRegex(done.stdout.decode(), f"the clock is wrong, nothing is done: by it, {CA} is not yet valid\n")
+            self.assertEqual(state(), before)
+
+    def test_certificates_and_lists_begin_an_hour_early(self):
+        for command in ["x509", "-in", DB1 + ".crt", "-startdate"], ["crl", "-in", CRL, "-lastupdate"]:
+            begin = time.strptime(self.openssl(*command, "-noout").partition("=")[2].strip(), "%b %d %H:%M:%S %Y GMT")
+            made = time.gmtime(os.stat(os.path.join(template(*self.commands), command[2])).st_mtime)
+            if command[0] == "x509" or re.match("OpenSSL [3-9]", self.openssl("version")):
+                self.assertAlmostEqual(time.mktime(begin), time.mktime(made) - 3600, delta=PATIENCE)
+
+    def test_the_end_of_the_ca_is_told(self):
+        for arguments in ["client-cert", "NAME=laptop7"], ["renew"]:
+            self.assertRegex(self.make(*arguments, "DAYS=400"), "test-ca.cert until .* valid; what it signs is of no use after that\n")
 
     def test_a_lost_ca_certificate_is_not_replaced(self):
         os.remove(self.path(CA))
-        key = self.path("auth/test-ca/test-ca.key")
-        with open(key) as file:
-            before = file.read()
+        before = self.read("auth/test-ca/test-ca.key")
         for arguments in ["certs"], ["server-cert", "NAME=db9"]:
-            self.assertIn("restore a back-up", make(self.home, *arguments, status=2))
-        with open(key) as file:
-            self.assertEqual(file.read(), before)
+            self.assertIn(f"{CA} is missing, and has signed certificates: restore a back-up\n", self.make(*arguments, status=2))
+        self.assertEqual(self.read("auth/test-ca/test-ca.key"), before)
 
-    def test_days_that_are_none(self):
-        for setting in "DAYS=x", "DAYS=0", "CRL_DAYS=":
-            self.assertIn("not a number of days", make(self.home, "renew", setting, status=2))
+    def test_all_that_a_machine_ever_had_is_revoked_and_nothing_else(self):
+        for arguments in ["client-cert", "NAME=laptop70"], ["server-cert", "NAME=laptop7"], ["certs"], ["renew"]:
+            self.make(*arguments, "ORGANIZATION=/O=Caf\u00e9")
+        for name in "nobody", "", "../client", "aptop7":
+            self.make("revoke", f"NAME={name}", status=2)
+        self.assertEqual({row[0] for row in self.index()}, {"V"})
+        for _ in range(2):
+            serials = " ".join(row[3] for row in self.index() if row[5].endswith("/CN=laptop7"))
+            self.assertEqual(self.make("revoke", "NAME=laptop7"),
+                             f"{CRL} valid 30 days\nrevoked {serials}\nCopy {CRL} to its users, and send the servers SIGHUP.\n")
+            self.assertEqual([row[5].rpartition("=")[2] for row in self.index() if row[0] == "R"], ["laptop7"] * 4)
+        text = self.openssl("crl", "-in", CRL, "-noout", "-text")
+        self.assertIn("Version 2", text)
+        self.assertEqual(text.count("Revocation Date"), 4)
+        self.assertNotIn("laptop7.crt", self.make("renew"))
+        self.make("client-cert", "NAME=laptop7")  # with a new key
+        self.assertEqual(len([row for row in self.index() if row[0] == "V" and row[5].endswith("/CN=laptop7")]), 1)
 
-    def test_names(self):
-        for goal in "client-cert", "server-cert":
-            for names, says in [(["NAME=" + "a" * 65], "NAME=aaa"), (["NAME=db1.internal."], "NAME=db1.internal.: "), (["NAME=a..b"], "NAME=a..b: "),
-                                (["NAME=" + "a" * 64 + ".x"], "too long"), (["NAME=a", "NAMES=a,b"], "NAMES=a,b: "),
-                                (["NAME=a", "NAMES=" + "b" * 64], "NAMES=bbb")]:
-                self.assertIn(says, make(self.home, goal, *names, status=2))
-        self.assertEqual(glob.glob(self.path("auth/*/a*")), [])
-        long = ".".join(["a" * 60] * 3)
-        make(self.home, FAST, "server-cert", "NAME=db3", "NAMES=" + long)
-        self.assertIn("DNS:" + long, self.openssl("x509", "-in", "auth/servers/db3.crt", "-noout", "-text"))
-        make(self.home, "server-cert", "NAME=db1.internal", "NAMES=10.0.0.7 fd00::7 db1")
-        self.assertIn("has other names", make(self.home, "server-cert", "NAME=db1.internal", "NAMES=db2", status=2))
+    def test_one_certificate_is_revoked_by_its_serial_number(self):
+        self.make("renew")
+        self.assertIn("revoked 1111\n", self.make("revoke", "SERIAL=1111"))
+        self.assertEqual(self.revoked(), ["1111"])
+        self.assertTrue(os.path.exists(self.path(DB1 + ".req")))
+        self.verify(DB1 + ".crt", "-crl_check", "-CRLfile", CRL)
+        self.verify("auth/test-ca/new_certs/1111.pem", "-crl_check", "-CRLfile", CRL, status=2)
+        self.assertIn("99: this CA has made no such certificate", self.make("revoke", "SERIAL=99", status=2))
+        self.assertIn("not both", self.make("revoke", "SERIAL=1112", "NAME=laptop7", status=2))
+        self.assertEqual(self.revoked(), ["1111"])
+        self.make("revoke", "SERIAL=1112")
+        self.assertEqual(self.revoked(), ["1111", "1112"])
 
-    def test_clean_spares_machines_whose_records_are_gone(self):
-        os.remove(self.path("auth/test-ca/index.txt"))
-        self.assertIn("db1.internal", make(self.home, "clean", status=2))
-        shutil.rmtree(self.path("auth/test-ca"))
-        self.assertIn("db1.internal", make(self.home, "clean", status=2))
-        make(self.home, "clean", "FORCE=yes")
-        self.assertFalse(os.path.exists(self.path("auth/servers")))
+    def test_the_list_has_a_line_a_machine(self):
+        self.make("renew")
+        self.make("revoke", "NAME=laptop7")
+        self.make("server-cert", "NAME=db2", "DAYS=3")
+        self.make("crl", "CRL_DAYS=3")
+        self.assertEqual([re.sub(r"until \w+ .* GMT", "until", line) for line in self.make("list").splitlines()],
+                         [f"{CA} CA until valid", "laptop7 Client 1113 revoked", "db1.internal Server 1114 until valid",
+                          "db2 Server 1115 until expires soon", f"{CRL} CRL 04 until expires soon"])
 
     def test_a_list_of_a_thousand_certificates_needs_few_calls_of_openssl(self):
-        with open(self.path("auth/test-ca/index.txt")) as file:
-            row = file.readlines()[1].split("\t")
-        with open(self.path("auth/test-ca/index.txt"), "a") as file:
-            for serial in range(0x2000, 0x2000 + 1000):
-                file.write("\t".join([*row[:3], f"{serial:X}", *row[4:]]))
+        row = self.index()[0]
+        rows = ["\t".join([*row[:3], f"{serial:X}", *row[4:]]) + "\n" for serial in range(0x2000, 0x2000 + 1000)]
+        self.change("auth/test-ca/index.txt", lambda data: data + "".join(rows).encode())
         self.change("auth/test-ca/serial", lambda data: b"23E8\n")
-        with open(self.path("openssl"), "w") as file:
-            file.write('#!/bin/sh\necho >> calls\nexec openssl "$@"\n')
-        os.chmod(self.path("openssl"), 0o755)
-        lines = make(self.home, "list", "OPENSSL=./openssl").splitlines()
+        lines = self.make("list", self.false_openssl('echo >> calls\nexec openssl "$@"\n')).splitlines()
         self.assertEqual(len(lines), 4, lines)
         self.assertRegex("\n".join(lines), "(?m)^db1.internal Server 23E7 until .* valid$")
         self.assertLess(os.path.getsize(self.path("calls")), 12)
 
-    def test_one_certificate_is_revoked_by_its_serial_number(self):
-        first = self.openssl("x509", "-in", "auth/servers/db1.internal.crt", "-noout", "-serial").strip().partition("=")[2]
-        make(self.home, "renew")
-        self.assertIn(f"revoked {first}\n", make(self.home, "revoke", f"SERIAL={first.lower()}"))
-        self.openssl("verify", "-crl_check", "-CRLfile", CRL, "-CAfile", CA, "auth/servers/db1.internal.crt")
-        self.assertNotEqual(run("openssl", "verify", "-crl_check", "-CRLfile", CRL, "-CAfile", CA, f"auth/test-ca/new_certs/{first}.pem",
-                                folder=self.home)[0], 0)
-        self.assertIn("no such certificate", make(self.home, "revoke", "SERIAL=99", status=2))
+    def test_check_tells_what_is_wrong(self):
+        def check(status=2):
+            return [re.sub(r"until \w+ .* GMT", "until", line) for line in self.make("check", status=status).splitlines()
+                    if not line.startswith("make: ")]
+        well = [f"{CA} until valid", f"{CRL} until valid", f"{LAPTOP7}.crt until valid", f"{DB1}.crt until valid"]
+        self.assertEqual(check(status=0), well)
+        self.make("-s", "alt-certs", "certs", "SERIAL=2000")
+        for role in "client", "server":
+            well.insert(-2, f"auth/{role}.crt until valid")
+        self.assertEqual(check(status=0), well)
+        for name, damage, wrong, line in [
+                (DB1 + ".crt", lambda data: None, 5, f"{DB1}.crt is missing, or cannot be read"),
+                (DB1 + ".crt", lambda data: b"junk", 5, f"{DB1}.crt is missing, or cannot be read"),
+                (DB1 + ".crt", lambda data: self.read("auth/server.crt").encode(), 5, f"{DB1}.crt and {DB1}.req differ: key"),
+                (DB1 + ".req", lambda data: self.read("auth/server.req").encode(), 5, f"{DB1}.req is a request for example.com, not db1.internal"),
+                ("auth/client.crt", lambda data: self.read("auth/alt-client.crt").encode(), 2,
+                 f"auth/client.crt is not signed by {CA}, or not for a client"),
+                ("auth/test-ca/test-ca.key", lambda data: None, 1, "auth/test-ca/test-ca.key is missing; restore a back-up"),
+                (CRL, lambda data: None, 1, f"{CRL} is missing: make crl")]:
+            good = self.read(name)
+            self.change(name, damage)
+            wanted = well[:wrong] + [line] + well[wrong + (not line.startswith("auth/test-ca/test-ca.key")):]
+            self.assertEqual(check(), wanted)
+            with open(self.path(name), "w", encoding="utf-8") as file:
+                file.write(good)
+        self.make("revoke", "SERIAL=1111")
+        self.assertEqual(check()[-1], f"{DB1}.crt is revoked: make renew, or make revoke NAME=db1.internal")
+        self.make("renew", "DAYS=20", "CRL_DAYS=20")
+        self.assertEqual(check(), [line.replace("valid", "expires soon") if line != well[0] else line for line in well])
 
-    def test_check(self):
-        self.assertEqual(len(make(self.home, "check").splitlines()), 3)
-        self.assertRegex(make(self.home, "check"), "(?m)^auth/servers/db1.internal.crt until .* valid$")
-        make(self.home, "renew", "DAYS=20")
-        self.assertRegex(make(self.home, "check", status=2), "(?m)^auth/servers/db1.internal.crt until .* expires soon$")
-        make(self.home, "renew", "CRL_DAYS=20")
-        self.assertRegex(make(self.home, "check", status=2), "(?m)^auth/test-ca/test-ca.crl until .* expires soon$")
-        make(self.home, "renew")
-        certificate = "auth/servers/db1.internal.crt"
-        with open(self.path(certificate)) as file:
-            good = file.read()
-        os.remove(self.path(certificate))
-        self.assertIn(certificate + " is missing", make(self.home, "check", status=2))
-        make(self.home, FAST, "alt-certs", "certs")
-        shutil.copy(self.path("auth/alt-server.crt"), self.path(certificate))
-        self.assertIn(certificate + " and auth/servers/db1.internal.req differ: key", make(self.home, "check", status=2))
-        self.change(certificate, lambda data: good.encode())
-        for _ in range(8):  # so that its serial number is not one that is revoked here
-            os.remove(self.path("auth/alt-client.crt"))
-            make(self.home, "alt-certs")
-        shutil.copy(self.path("auth/alt-client.crt"), self.path("auth/client.crt"))
-        self.assertIn("auth/client.crt is not signed by", make(self.home, "check", status=2))
-        os.remove(self.path(CRL))
-        self.assertIn("test-ca.crl is missing", make(self.home, "check", status=2))
+    def test_clean_spares_a_ca_that_is_in_use_whatever_is_left_of_it(self):
+        self.assertRegex(self.make("clean", status=2), "in use.* for: db1.internal laptop7\nTo delete it anyway: make clean FORCE=yes\n")
+        for name in "servers", "clients":
+            shutil.rmtree(self.path(f"auth/{name}"))
+        self.assertIn("for: db1.internal laptop7\n", self.make("clean", status=2))
+        os.remove(self.path("auth/test-ca/index.txt"))
+        self.assertIn("for: db1.internal laptop7\n", self.make("clean", status=2))
+        self.make("client-cert", "NAME=laptop8")
+        shutil.rmtree(self.path("auth/test-ca"))
+        self.assertIn("for: laptop8\n", self.make("clean", status=2))
+        self.make("clean", "FORCE=yes")
+        self.assertEqual(glob.glob(glob.escape(self.path("auth")) + "/*/"), [])
 
 
 if __name__ == "__main__":

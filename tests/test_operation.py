@@ -14,7 +14,7 @@ import threading
 import time
 import unittest
 
-from support import (CA, CLIENT, FAST, PATIENCE, ROOT, SERVER, Project, Server, TestCase, client, connection, copy_project, make,
+from support import (CA, CLIENT, PATIENCE, ROOT, SERVER, Project, Server, TestCase, client, connection, copy_project, make,
                      receive_all, run, shortened, stuck_connection, temporary_folder, wait_until)
 
 CRL = "auth/test-ca/test-ca.crl"
@@ -293,15 +293,15 @@ class Rollover(TestCase):
 
     def test_with_crls(self):
         old, new = (copy_project(os.path.join(temporary_folder(), name)) for name in ("old", "new"))
-        make(old, FAST, "client-cert", "NAME=laptop7")
-        make(old, FAST, "certs", "crl")
+        make(old, "client-cert", "NAME=laptop7")
+        make(old, "certs", "crl")
         for request in "client", "server":  # the same keys
             shutil.copy(os.path.join(old, f"auth/{request}.req"), os.path.join(new, "auth"))
             shutil.copy(os.path.join(old, f"auth/{request}.key"), os.path.join(new, "auth"))
         os.makedirs(os.path.join(new, "auth/clients"))
         shutil.copy(os.path.join(old, "auth/clients/laptop7.req"), os.path.join(new, "auth/clients"))
-        make(new, FAST, "certs")
-        make(new, FAST, "client-cert", "NAME=laptop7")
+        make(new, "certs")
+        make(new, "client-cert", "NAME=laptop7")
         make(new, "crl")
         machine = {end: temporary_folder() for end in ("client", "server")}
 

@@ -80,7 +80,7 @@ class Lesson(TestCase):
                 text = file.read().replace("6420", port)
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text)
-        make(self.folder, FAST, "certs", "alt-certs", "odd-certs")
+        make(self.folder, "certs", "alt-certs", "odd-certs")
         bin_folder = temporary_folder()  # the scripts' python3 is this one
         os.symlink(sys.executable, os.path.join(bin_folder, "python3"))
         os.symlink(shutil.which(MAKE), os.path.join(bin_folder, "make"))
@@ -187,7 +187,7 @@ class Lesson(TestCase):
         """The first block is what `make demo` prints."""
         shown, = re.findall(r"(?ms)^```\n(server: .*?)^```$", readme())
         folder = copy_project(os.path.join(temporary_folder(), "clone"))
-        said = make(folder, "demo", "PORT=0", FAST)
+        said = make(folder, "demo", "PORT=0")
         self.assertLessEqual(said.count("\n"), 18)
         if not matches(shown.splitlines(), said.splitlines()):
             self.fail("README.md shows\n" + shown + "\nbut what is said is\n" + said)
@@ -235,8 +235,8 @@ class MakeItYours(TestCase):
             self.assertIn("error: not 1, 5 or 15 minutes", run(*client_command(server.port, "-n", "2"))[2])
 
     def test_only_some_clients(self):
-        make(Project.get(), FAST, "client-cert", "NAME=laptop7")
-        make(Project.get(), FAST, "client-cert", "NAME=laptop9")
+        make(Project.get(), "client-cert", "NAME=laptop7")
+        make(Project.get(), "client-cert", "NAME=laptop9")
         with Server(script=self.apply(fenced("diff", readme())[1])) as server:
             for name, output, says in ("laptop7", "42\n", "answered 1, done"), ("laptop9", "", "turned away: not on the list"):
                 files = CA, f"auth/clients/{name}.crt", f"auth/clients/{name}.key"
