@@ -25,6 +25,8 @@ PATIENCE = 60  # seconds that anything may take on a loaded machine before a tes
 
 MAKE = os.environ.get("MAKE", "make")  # the one that runs the tests
 FAST = "NEWKEY=ec -pkeyopt ec_paramgen_curve:P-256 -pkeyopt ec_param_enc:named_curve"
+ALL = "-j8 certs alt-certs odd-certs"
+MADE = "SERVER_TRY_MADE"  # in the environment: where the tests' main process has made all that for the others
 CA = "auth/test-ca/test-ca.cert"
 SERVER = ("auth/server.crt", "auth/server.key")
 CLIENT = ("auth/client.crt", "auth/client.key")
@@ -72,6 +74,8 @@ def make(folder, *arguments, status=0, environment=None):
 @functools.lru_cache(maxsize=None)
 def template(*commands):
     """Return a clone in which make has done these commands; it is made once, and only to be copied."""
+    if commands == (ALL,) and MADE in os.environ:
+        return os.environ[MADE]
     folder = copy_project(os.path.join(temporary_folder(), "clone"))
     for command in commands:
         make(folder, *shlex.split(command))
@@ -110,14 +114,13 @@ def temporary_folder():
 class Project:
     """One copy of the project with both CAs' certificates, made when it is first asked for."""
 
-    MADE = "SERVER_TRY_MADE"  # in the environment: where the tests' main process has made it for all
     folder = None
 
     @classmethod
     def get(cls):
         if cls.folder is None:
             folder = os.path.join(temporary_folder(), "a path with spaces, 'quotes\" and Gr\u00f6\u00dfe")
-            shutil.copytree(os.environ.get(cls.MADE) or template("-j8 certs alt-certs odd-certs"), folder)
+            shutil.copytree(template(ALL), folder)
             cls.folder = folder
         return cls.folder
 
@@ -347,9 +350,6 @@ class Home(TestCase):
 
     def path(self, name):
         return os.path.join(self.folder, name)
-
-    def command(self, *arguments):
-        return make_command(*arguments)
 
     def make(self, *arguments, **options):
         return make(self.folder, *arguments, **options)

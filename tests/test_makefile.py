@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import unittest
 
-from support import CA, CLIENT, SERVER, Home, Server, connection, plain_environment, wait_until
+from support import ALL, CA, CLIENT, SERVER, Home, Server, connection, plain_environment, wait_until
 
 
 class Clone(Home):
@@ -82,7 +82,7 @@ class Clone(Home):
 
 
 class Certs(Home):
-    commands = ("-j8 certs alt-certs odd-certs",)
+    commands = (ALL,)
 
     def test_made_in_parallel_they_have_a_serial_each_and_verify(self):
         for ca, names in ("test-ca", ("client", "server")), ("alt-ca", ("alt-client", "alt-server")):

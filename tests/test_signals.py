@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import unittest
 
 from support import (CA, PATIENCE, ROOT, SERVER, Process, Project, TestCase, at_terminal_command, client, client_command,
                      connection, run, shortened, temporary_folder)
