@@ -15,10 +15,11 @@ CA = auth/test-ca/test-ca
 
 # A CA: its records, its key, and the certificate that it gives itself.
 $(CA).cert:
-	@test -z "`ls auth/test-ca/new_certs 2> /dev/null`" || \
+	@test -z "`cat auth/test-ca/index.txt $(CA).crl auth/test-ca/new_certs/* 2> /dev/null | head -n 1`" || \
 	    { echo '$@ is missing, and has signed certificates: restore a back-up'; exit 1; }
 	mkdir -p auth/test-ca/new_certs
 	touch auth/test-ca/index.txt
+	echo unique_subject = no > auth/test-ca/index.txt.attr
 	echo $(SERIAL) > auth/test-ca/serial
 	echo 01 > auth/test-ca/crlnumber
 	$(call run,$(OPENSSL) req -config auth/test-ca.conf -new -x509 -extensions ca_cert -subj "$(CA_SUBJECT)" \

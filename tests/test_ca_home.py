@@ -42,8 +42,7 @@ class Names(Home):
     def test_names_that_are_none_get_a_sentence_each_and_leave_nothing(self):
         before = self.listing()
         for name, says in [("", "a name is missing: NAME=db1.internal, or an address, NAME=192.0.2.7"),
-                           ("a b", "one machine has one NAME, without spaces; others go into NAMES"),
-                           ("*.internal", "no wildcards: each machine has a certificate of its own"),
+                           ("a b", "only letters, digits and . : - _ are allowed"), ("*.internal", "only letters, digits and . : - _ are allowed"),
                            ("a;b", "only letters, digits and . : - _ are allowed"), ("../x", "only letters, digits and . : - _ are allowed"),
                            ("$(HOME)", "only letters, digits and . : - _ are allowed"), ("a'b", "only letters, digits and . : - _ are allowed"),
                            ("-x", "no leading hyphen, nor leading, last or double dot"), (".x", "no leading hyphen, nor leading, last or double dot"),
@@ -62,7 +61,7 @@ class Names(Home):
 
     def test_settings_in_the_environment_do_not_count(self):
         environment = dict(plain_environment(), NAME="laptop7", NAMES="x", SERIAL="1111", FORCE="yes")
-        for goal, says in [("revoke", "a name is missing"), ("server-cert", "a name is missing"), ("clean", "in use")]:
+        for goal, says in [("revoke", "either NAME=laptop7, for all its certificates, or SERIAL=111D, for one"), ("server-cert", "a name is missing"), ("clean", "in use")]:
             self.assertIn(says, self.make(goal, environment=environment, status=2))
         self.assertEqual([row[0] for row in self.index()], ["V"])
         self.assertTrue(os.path.exists(self.path(LAPTOP7 + ".req")))
@@ -180,14 +179,27 @@ class Machines(Home):
 
     def test_the_end_of_the_ca_is_told(self):
         for arguments in ["client-cert", "NAME=laptop7"], ["renew"]:
-            self.assertRegex(self.make(*arguments, "DAYS=400"), "test-ca.cert until .* valid; what it signs is of no use after that\n")
+            self.assertRegex(self.make(*arguments, "DAYS=400"), f"{CA} ends before what it signs, which is of no use after that: see make list\n")
 
     def test_a_lost_ca_certificate_is_not_replaced(self):
-        os.remove(self.path(CA))
         before = self.read("auth/test-ca/test-ca.key")
-        for arguments in ["certs"], ["server-cert", "NAME=db9"]:
-            self.assertIn(f"{CA} is missing, and has signed certificates: restore a back-up\n", self.make(*arguments, status=2))
+        for lost in "test-ca.cert", "index.txt", "new_certs/*":
+            for name in glob.glob(os.path.join(glob.escape(self.path("auth/test-ca")), lost)):
+                os.remove(name)
+            for arguments in ["certs"], ["server-cert", "NAME=db9"]:
+                self.assertIn(f"{CA} is missing, and has signed certificates: restore a back-up\n", self.make(*arguments, status=2))
         self.assertEqual(self.read("auth/test-ca/test-ca.key"), before)
+
+    def test_a_certificate_that_is_no_good_is_made_again_when_it_is_asked_for(self):
+        good = self.read(LAPTOP7 + ".crt")
+        self.make("-s", "alt-certs", "certs")
+        for bad in "", "junk", self.read("auth/client.crt"), self.read("auth/alt-client.crt"):
+            self.change(LAPTOP7 + ".crt", lambda data, bad=bad: bad.encode())
+            self.make("client-cert", "NAME=laptop7")
+            self.verify(LAPTOP7 + ".crt", "-purpose", "sslclient")
+            self.assertNotEqual(self.read(LAPTOP7 + ".crt"), good)
+        self.change(LAPTOP7 + ".req", lambda data: b"junk")
+        self.assertIn(f"{LAPTOP7}.req is missing, or cannot be read\n", self.make("client-cert", "NAME=laptop7", status=2))
 
     def test_all_that_a_machine_ever_had_is_revoked_and_nothing_else(self):
         for arguments in ["client-cert", "NAME=laptop70"], ["server-cert", "NAME=laptop7"], ["certs"], ["renew"]:
@@ -215,7 +227,7 @@ class Machines(Home):
         self.verify(DB1 + ".crt", "-crl_check", "-CRLfile", CRL)
         self.verify("auth/test-ca/new_certs/1111.pem", "-crl_check", "-CRLfile", CRL, status=2)
         self.assertIn("99: this CA has made no such certificate", self.make("revoke", "SERIAL=99", status=2))
-        self.assertIn("not both", self.make("revoke", "SERIAL=1112", "NAME=laptop7", status=2))
+        self.assertIn("either NAME=laptop7, for all its certificates, or SERIAL=111D, for one\n", self.make("revoke", "SERIAL=1112", "NAME=laptop7", status=2))
         self.assertEqual(self.revoked(), ["1111"])
         self.make("revoke", "SERIAL=1112")
         self.assertEqual(self.revoked(), ["1111", "1112"])
@@ -227,9 +239,9 @@ class Machines(Home):
         self.make("certs")
         self.make("crl", "CRL_DAYS=3")
         self.assertEqual([re.sub(r"until \w+ .* GMT", "until", line) for line in self.make("list").splitlines()],
-                         [f"{CA} CA until valid", "example.com Client 1116 until valid", "laptop7 Client 1113 revoked",
-                          "db1.internal Server 1114 until valid", "db2 Server 1115 until expires soon",
-                          "example.com Server 1117 until valid", f"{CRL} CRL 04 until expires soon"])
+                         [f"{CA} CA until valid", "db1.internal server 1114 until valid", "db2 server 1115 until expires soon",
+                          "example.com client 1116 until valid", "example.com server 1117 until valid",
+                          "laptop7 client 1113 revoked", f"{CRL} CRL 04 until expires soon"])
 
     def test_a_list_of_a_thousand_certificates_needs_few_calls_of_openssl(self):
         row = self.index()[0]
@@ -238,7 +250,7 @@ class Machines(Home):
         self.change("auth/test-ca/serial", lambda data: b"23E8\n")
         lines = self.make("list", self.false_openssl('echo >> calls\nexec openssl "$@"\n')).splitlines()
         self.assertEqual(len(lines), 4, lines)
-        self.assertRegex("\n".join(lines), "(?m)^db1.internal Server 23E7 until .* valid$")
+        self.assertRegex("\n".join(lines), "(?m)^db1.internal server 23E7 until .* valid$")
         self.assertLess(os.path.getsize(self.path("calls")), 12)
 
     def test_check_tells_what_is_wrong(self):
@@ -258,11 +270,20 @@ class Machines(Home):
                 (DB1 + ".req", lambda data: self.read("auth/server.req").encode(), 5, f"{DB1}.req is a request for example.com, not db1.internal"),
                 ("auth/client.crt", lambda data: self.read("auth/alt-client.crt").encode(), 2,
                  f"auth/client.crt is not signed by {CA}, or not for a client"),
-                ("auth/test-ca/test-ca.key", lambda data: None, 1, "auth/test-ca/test-ca.key is missing; restore a back-up"),
-                (CRL, lambda data: None, 1, f"{CRL} is missing: make crl")]:
+                (CRL, lambda data: None, 1, f"{CRL} is missing, old, or does not list all that is revoked: make crl"),
+                ("auth/test-ca/index.txt", lambda data: re.sub(b"(?m)^V(.*)\t(\t.*)$", rb"R\1\t261126000000Z\2", data, 1), 1,
+                 f"{CRL} is missing, old, or does not list all that is revoked: make crl"),
+                ("auth/test-ca/test-ca.key", lambda data: b"", 6, "auth/test-ca/test-ca.key cannot be read"),
+                ("auth/test-ca/test-ca.key", lambda data: self.read("auth/alt-ca/alt-ca.key").encode(), 6,
+                 f"auth/test-ca/test-ca.key is not the key of {CA}; restore a back-up"),
+                (LAPTOP7 + ".req", lambda data: None, 6, f"{LAPTOP7}.req is missing: restore it, or make revoke NAME=laptop7")]:
             good = self.read(name)
             self.change(name, damage)
-            wanted = well[:wrong] + [line] + well[wrong + (not line.startswith("auth/test-ca/test-ca.key")):]
+            wanted = well[:wrong] + [line] + well[wrong + 1:]
+            if name == LAPTOP7 + ".req":
+                wanted.remove(f"{LAPTOP7}.crt until valid")
+            if name == "auth/test-ca/index.txt":
+                wanted[5] = f"{DB1}.crt is revoked: make renew, or make revoke NAME=db1.internal"
             self.assertEqual(check(), wanted)
             with open(self.path(name), "w", encoding="utf-8") as file:
                 file.write(good)
@@ -272,15 +293,15 @@ class Machines(Home):
         self.assertEqual(check(), [line.replace("valid", "expires soon") if line != well[0] else line for line in well])
 
     def test_clean_spares_a_ca_that_is_in_use_whatever_is_left_of_it(self):
-        self.assertRegex(self.make("clean", status=2), "in use.* for: db1.internal laptop7\nTo delete it anyway: make clean FORCE=yes\n")
+        self.assertRegex(self.make("clean", status=2), "in use by db1.internal laptop7: FORCE=yes deletes the CA anyway\n")
         for name in "servers", "clients":
             shutil.rmtree(self.path(f"auth/{name}"))
-        self.assertIn("for: db1.internal laptop7\n", self.make("clean", status=2))
+        self.assertIn("in use by db1.internal laptop7: ", self.make("clean", status=2))
         os.remove(self.path("auth/test-ca/index.txt"))
-        self.assertIn("for: db1.internal laptop7\n", self.make("clean", status=2))
+        self.assertIn("in use by db1.internal laptop7: ", self.make("clean", status=2))
         self.make("client-cert", "NAME=laptop8")
         shutil.rmtree(self.path("auth/test-ca"))
-        self.assertIn("for: laptop8\n", self.make("clean", status=2))
+        self.assertIn("in use by laptop8: ", self.make("clean", status=2))
         self.make("clean", "FORCE=yes")
         self.assertEqual(glob.glob(glob.escape(self.path("auth")) + "/*/"), [])
 

@@ -106,11 +106,57 @@ class Records(Home):
             file.write("01\n")
         self.openssl("ca", "-config", "auth/test-ca.conf", "-name", "CA_alt", "-cert", "auth/alt-ca/alt-ca.cert", "-keyfile",
                      "auth/alt-ca/alt-ca.key", "-gencrl", "-crldays", "9", "-out", "alt.crl")
-        for bad, says in [(b"", "cannot be read"), (good[:len(good) // 2], "cannot be read"), (b"junk", "cannot be read"),
-                          (self.read("alt.crl").encode(), "is not signed by auth/test-ca/test-ca.cert")]:
+        for bad in b"", good[:len(good) // 2], b"junk", self.read("alt.crl").encode():
             self.change(CRL, lambda data, bad=bad: bad)
             for arguments in ["renew"], ["crl"], ["revoke", "NAME=db1.internal"], ["client-cert", "NAME=laptop8"]:
-                self.assertEqual(self.make(*arguments, status=2).splitlines()[0], f"{CRL} {says}; restore a back-up")
+                self.assertEqual(self.make(*arguments, status=2).splitlines()[0], f"{CRL} cannot be read, or is not signed by auth/test-ca/test-ca.cert; "
+                                 "restore a back-up")
+
+    def test_a_serial_that_somebody_wrote_is_taken_if_it_is_above_those_used(self):
+        for written, used in ("2000", "2000"), ("12345", "012345"), ("0x20000", "020000"), (" 30000 ", "030000"), ("1111", "030001"), ("xyz", "030002"):
+            self.change("auth/test-ca/serial", lambda data, written=written: written.encode() + b"\n")
+            self.make("client-cert", "NAME=pc" + used)
+            self.assertEqual(self.index()[-1][3], used)
+
+    def test_a_copy_is_what_it_says_and_not_what_its_name_says(self):
+        for name, other in ("1111", "1100"), ("1112", "01112"):
+            os.rename(self.path(f"auth/test-ca/new_certs/{name}.pem"), self.path(f"auth/test-ca/new_certs/{other}.pem"))
+        for record in "index.txt", "index.txt.old":
+            self.change("auth/test-ca/" + record, lambda data: None)
+        self.make("renew")
+        self.assertEqual([row[3] for row in self.index()], ["1111", "1112", "1113", "1114"])
+
+    def test_a_date_that_is_none_is_put_right(self):
+        self.change("auth/test-ca/index.txt", lambda data: re.sub(rb"(?m)^V\t\d+", b"V\t991399", data))
+        os.remove(self.path("auth/test-ca/index.txt.old"))
+        self.assertIn("put right: auth/test-ca/index.txt, by the certificates and the list issued so far\n", self.make("list"))
+        self.make("renew")
+        self.check_all_is_well()
+
+    def test_one_machine_that_cannot_be_renewed_does_not_stop_the_others(self):
+        os.remove(self.path(DB1))
+        os.mkdir(self.path(DB1))
+        self.make("client-cert", "NAME=laptop8")
+        serials = len(self.index())
+        self.assertIn(f"NOT renewed: {DB1}\n", self.make("renew", status=2))
+        self.assertEqual(len(self.index()), serials + 2)
+        os.rmdir(self.path(DB1))
+        shutil.rmtree(self.path("auth/test-ca/new_certs"))
+        self.make("renew")
+        self.check_all_is_well()
+
+    def test_what_a_full_disk_leaves_empty_is_not_taken(self):
+        """An openssl that says all is well, and has written an empty file, as the real one does on a full disk."""
+        openssl = self.false_openssl("""openssl "$@" || exit
+while test $# != 0; do if test "$1" = -out; then : > "$2"; fi; shift; done
+""")
+        before = self.listing()
+        shutil.rmtree(self.path("auth/test-ca"))
+        for arguments in ["client-cert", "NAME=laptop8"], ["certs"]:
+            self.assertIn("openssl has lost what it wrote, and reports no error: is the disk full?\n", self.make(*arguments, openssl, status=2))
+        self.assertFalse(os.path.exists(self.path("auth/test-ca/test-ca.cert")))
+        self.make("certs", "client-cert", "NAME=laptop8")
+        self.assertIn("auth/clients/laptop8.req", set(self.listing()) - set(before))
 
     def test_a_copy_that_was_cut_short_uses_up_its_serial(self):
         for name, content in ("1120.pem", ""), ("1121.pem", "-----BEGIN CERTIFICATE-----\nMII"):
@@ -218,7 +264,7 @@ class Together(Home):
         before = self.index()
         openssl = self.false_openssl('openssl "$@"; status=$?\nif test "$1" = ca; then : > auth/test-ca/index.txt; fi\nexit $status\n')
         for arguments in ["renew"], ["revoke", "NAME=laptop7"]:
-            self.assertIn("openssl has spoiled its records, which are put right: is the disk full?\n", self.make(*arguments, openssl, status=2))
+            self.assertIn("openssl has lost what it wrote, and reports no error: is the disk full?\n", self.make(*arguments, openssl, status=2))
             self.assertEqual(self.index()[0][3:], before[0][3:])
             self.verify(LAPTOP7)
 
