@@ -76,9 +76,11 @@ def template(*commands):
     """Return a clone in which make has done these commands; it is made once, and only to be copied."""
     if commands == (ALL,) and MADE in os.environ:
         return os.environ[MADE]
-    folder = copy_project(os.path.join(temporary_folder(), "clone"))
-    for command in commands:
-        make(folder, *shlex.split(command))
+    folder = os.path.join(temporary_folder(), "clone")
+    if not commands:
+        return copy_project(folder)
+    shutil.copytree(template(*commands[:-1]), folder)
+    make(folder, *shlex.split(commands[-1]))
     return folder
 
 

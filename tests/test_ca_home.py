@@ -11,6 +11,7 @@ import unittest
 from support import CA, PATIENCE, Home, Server, client, make_command, plain_environment, template
 
 CRL = "auth/test-ca/test-ca.crl"
+CA_KEY = "auth/test-ca/test-ca.key"
 DB1 = "auth/servers/db1.internal"
 LAPTOP7 = "auth/clients/laptop7"
 
@@ -67,12 +68,18 @@ class Names(Home):
         self.assertTrue(os.path.exists(self.path(LAPTOP7 + ".req")))
 
     def test_a_companys_name_comes_out_whole_or_is_refused(self):
-        for number, (name, shown) in enumerate([("Müller & Söhne", "Müller & Söhne"), (r"A\+B Ltd", "A+B Ltd"), (r"A\/B Ltd", "A/B Ltd")]):
-            self.make("client-cert", f"NAME=pc{number}", f"ORGANIZATION=/C=NZ/L=Köln/O={name}")
+        for number, (name, shown) in enumerate([("Müller & Söhne", "Müller & Söhne"), (r"A\+B Ltd", "A+B Ltd"), (r"A\/B Ltd", "A/B Ltd"),
+                                                ("Warning Not After : Up Date: X", "Warning Not After : Up Date: X")]):
+            organization = f"ORGANIZATION=/C=NZ/L=Köln/O={name}"
+            self.make("client-cert", f"NAME=pc{number}", organization)
             text = self.openssl("x509", "-in", f"auth/clients/pc{number}.crt", "-noout", "-subject", "-nameopt", "sep_comma_plus,utf8")
             self.assertRegex(text, f"C ?= ?NZ,L ?= ?Köln,O ?= ?{re.escape(shown)},OU ?= ?Client,CN ?= ?pc{number}")
-        for name in "/O=A+B Ltd", "/O=A/B Ltd", "/DC=example/O=x", "/street=x", "O=x", "", "/O=":
-            self.assertIn(f"ORGANIZATION={name}: it is C=,", self.make("client-cert", "NAME=pc9", f"ORGANIZATION={name}", status=2))
+        self.make("renew")
+        self.assertNotIn("arning", self.make("check"))
+        for name in "/O=A+B Ltd", "/O=A/B Ltd", "/DC=example/O=x", "/street=x", "O=x", "/O=x/C=NZ", "/O=":
+            self.assertEqual(self.make("client-cert", "NAME=pc9", f"ORGANIZATION={name}", status=2).splitlines()[0],
+                             f"ORGANIZATION={name}: /C=, /ST=, /L=, /O=, /OU= are allowed, in this order; write \\+ for +, "
+                             '\\/ for /, and none of $ ` "')
         self.assertFalse(os.path.exists(self.path("auth/clients/pc9.key")))
 
     def test_days_that_are_none_are_refused(self):
@@ -98,8 +105,8 @@ class Machines(Home):
         self.assertRegex(before, "DNS:db1.internal, DNS:db1, IP Address:10.0.0.7, IP Address:FD00:0:0:0:0:0:0:7")
         number = self.openssl("crl", "-noout", "-crlnumber", "-in", CRL)
         self.assertEqual([re.sub(r" until \w+ .* GMT", " until", line) for line in self.make("renew").splitlines()],
-                         [LAPTOP7 + ".crt until valid", DB1 + ".crt until valid", CRL + " valid 30 days",
-                          "Copy each .crt to its machine, a new .crl to its users, and send the servers SIGHUP."])
+                         [LAPTOP7 + ".crt until valid", DB1 + ".crt until valid", CRL + " valid 30 days: copy it to its users; servers need SIGHUP",
+                          "Copy each .crt to its machine; servers need SIGHUP."])
         self.assertEqual(self.openssl(*what), before)
         self.assertNotEqual(self.openssl("x509", "-noout", "-serial", "-in", DB1 + ".crt"), serial)
         self.assertNotEqual(self.openssl("crl", "-noout", "-crlnumber", "-in", CRL), number)
@@ -112,6 +119,14 @@ class Machines(Home):
         long = ".".join(["a" * 60] * 3)
         self.make("server-cert", "NAME=db3", "NAMES=" + long)
         self.assertIn("DNS:" + long, self.openssl("x509", "-in", "auth/servers/db3.crt", "-noout", "-text"))
+
+    def test_a_request_that_came_from_another_ca_can_be_given_up(self):
+        shutil.rmtree(self.path("auth/test-ca"))
+        other = "server-cert", "NAME=db1.internal", "NAMES=db2"
+        self.assertIn("has other names: revoke db1.internal before", self.make(*other, status=2))
+        self.assertIn("revoked no certificate, but deleted the request\n", self.make("revoke", "NAME=db1.internal"))
+        self.make(*other)
+        self.assertIn("DNS:db2", self.openssl("x509", "-in", DB1 + ".crt", "-noout", "-text"))
 
     def test_a_request_decides_nothing_but_names(self):
         self.openssl("req", "-config", "auth/test-ca.conf", "-new", "-key", LAPTOP7 + ".key", "-subj", "/CN=laptop7",
@@ -137,7 +152,7 @@ class Machines(Home):
     def test_renewal_without_a_ca_is_refused(self):
         shutil.rmtree(self.path("auth/test-ca"))
         for goal in "renew", "crl", "list", "check":
-            self.assertEqual(self.make(goal, status=2).splitlines()[0], "no CA here: make certs comes first")
+            self.assertEqual(self.make(goal, status=2).splitlines()[0], "no CA here: run make certs first")
 
     def test_a_request_that_is_another_machines_is_not_signed(self):
         self.make("server-cert", "NAME=db2.internal")
@@ -167,7 +182,7 @@ class Machines(Home):
             done = subprocess.run(["faketime", "-f", "-30d", *make_command(*arguments)], cwd=self.folder, env=plain_environment(),
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             self.assertEqual(done.returncode, 2)
-            self.assertRegex(done.stdout.decode(), f"the clock is wrong, nothing is done: by it, {CA} is not yet valid\n")
+            self.assertRegex(done.stdout.decode(), f"the clock is wrong, so nothing is done: {CA} begins later than now\n")
             self.assertEqual(state(), before)
 
     def test_certificates_and_lists_begin_an_hour_early(self):
@@ -190,17 +205,6 @@ class Machines(Home):
                 self.assertIn(f"{CA} is missing, and has signed certificates: restore a back-up\n", self.make(*arguments, status=2))
         self.assertEqual(self.read("auth/test-ca/test-ca.key"), before)
 
-    def test_a_certificate_that_is_no_good_is_made_again_when_it_is_asked_for(self):
-        good = self.read(LAPTOP7 + ".crt")
-        self.make("-s", "alt-certs", "certs")
-        for bad in "", "junk", self.read("auth/client.crt"), self.read("auth/alt-client.crt"):
-            self.change(LAPTOP7 + ".crt", lambda data, bad=bad: bad.encode())
-            self.make("client-cert", "NAME=laptop7")
-            self.verify(LAPTOP7 + ".crt", "-purpose", "sslclient")
-            self.assertNotEqual(self.read(LAPTOP7 + ".crt"), good)
-        self.change(LAPTOP7 + ".req", lambda data: b"junk")
-        self.assertIn(f"{LAPTOP7}.req is missing, or cannot be read\n", self.make("client-cert", "NAME=laptop7", status=2))
-
     def test_all_that_a_machine_ever_had_is_revoked_and_nothing_else(self):
         for arguments in ["client-cert", "NAME=laptop70"], ["server-cert", "NAME=laptop7"], ["certs"], ["renew"]:
             self.make(*arguments, "ORGANIZATION=/O=Caf\u00e9")
@@ -210,7 +214,7 @@ class Machines(Home):
         for _ in range(2):
             serials = " ".join(row[3] for row in self.index() if row[5].endswith("/CN=laptop7"))
             self.assertEqual(self.make("revoke", "NAME=laptop7"),
-                             f"{CRL} valid 30 days\nrevoked {serials}\nCopy {CRL} to its users, and send the servers SIGHUP.\n")
+                             f"{CRL} valid 30 days: copy it to its users; servers need SIGHUP\nrevoked {serials}\n")
             self.assertEqual([row[5].rpartition("=")[2] for row in self.index() if row[0] == "R"], ["laptop7"] * 4)
         text = self.openssl("crl", "-in", CRL, "-noout", "-text")
         self.assertIn("Version 2", text)
@@ -226,11 +230,13 @@ class Machines(Home):
         self.assertTrue(os.path.exists(self.path(DB1 + ".req")))
         self.verify(DB1 + ".crt", "-crl_check", "-CRLfile", CRL)
         self.verify("auth/test-ca/new_certs/1111.pem", "-crl_check", "-CRLfile", CRL, status=2)
-        self.assertIn("99: this CA has made no such certificate", self.make("revoke", "SERIAL=99", status=2))
+        self.assertIn("99: this CA has issued no such certificate", self.make("revoke", "SERIAL=99", status=2))
         self.assertIn("either NAME=laptop7, for all its certificates, or SERIAL=111D, for one\n", self.make("revoke", "SERIAL=1112", "NAME=laptop7", status=2))
         self.assertEqual(self.revoked(), ["1111"])
-        self.make("revoke", "SERIAL=1112")
-        self.assertEqual(self.revoked(), ["1111", "1112"])
+        self.make("revoke", "SERIAL=1113")
+        self.assertEqual(self.revoked(), ["1111", "1113"])
+        self.make("client-cert", "NAME=laptop7")  # which hands out no certificate that is revoked
+        self.verify(LAPTOP7 + ".crt", "-crl_check", "-CRLfile", CRL)
 
     def test_the_list_has_a_line_a_machine(self):
         self.make("renew")
@@ -253,45 +259,6 @@ class Machines(Home):
         self.assertRegex("\n".join(lines), "(?m)^db1.internal server 23E7 until .* valid$")
         self.assertLess(os.path.getsize(self.path("calls")), 12)
 
-    def test_check_tells_what_is_wrong(self):
-        def check(status=2):
-            return [re.sub(r"until \w+ .* GMT", "until", line) for line in self.make("check", status=status).splitlines()
-                    if not line.startswith("make: ")]
-        well = [f"{CA} until valid", f"{CRL} until valid", f"{LAPTOP7}.crt until valid", f"{DB1}.crt until valid"]
-        self.assertEqual(check(status=0), well)
-        self.make("-s", "alt-certs", "certs", "SERIAL=2000")
-        for role in "client", "server":
-            well.insert(-2, f"auth/{role}.crt until valid")
-        self.assertEqual(check(status=0), well)
-        for name, damage, wrong, line in [
-                (DB1 + ".crt", lambda data: None, 5, f"{DB1}.crt is missing, or cannot be read"),
-                (DB1 + ".crt", lambda data: b"junk", 5, f"{DB1}.crt is missing, or cannot be read"),
-                (DB1 + ".crt", lambda data: self.read("auth/server.crt").encode(), 5, f"{DB1}.crt and {DB1}.req differ: key"),
-                (DB1 + ".req", lambda data: self.read("auth/server.req").encode(), 5, f"{DB1}.req is a request for example.com, not db1.internal"),
-                ("auth/client.crt", lambda data: self.read("auth/alt-client.crt").encode(), 2,
-                 f"auth/client.crt is not signed by {CA}, or not for a client"),
-                (CRL, lambda data: None, 1, f"{CRL} is missing, old, or does not list all that is revoked: make crl"),
-                ("auth/test-ca/index.txt", lambda data: re.sub(b"(?m)^V(.*)\t(\t.*)$", rb"R\1\t261126000000Z\2", data, 1), 1,
-                 f"{CRL} is missing, old, or does not list all that is revoked: make crl"),
-                ("auth/test-ca/test-ca.key", lambda data: b"", 6, "auth/test-ca/test-ca.key cannot be read"),
-                ("auth/test-ca/test-ca.key", lambda data: self.read("auth/alt-ca/alt-ca.key").encode(), 6,
-                 f"auth/test-ca/test-ca.key is not the key of {CA}; restore a back-up"),
-                (LAPTOP7 + ".req", lambda data: None, 6, f"{LAPTOP7}.req is missing: restore it, or make revoke NAME=laptop7")]:
-            good = self.read(name)
-            self.change(name, damage)
-            wanted = well[:wrong] + [line] + well[wrong + 1:]
-            if name == LAPTOP7 + ".req":
-                wanted.remove(f"{LAPTOP7}.crt until valid")
-            if name == "auth/test-ca/index.txt":
-                wanted[5] = f"{DB1}.crt is revoked: make renew, or make revoke NAME=db1.internal"
-            self.assertEqual(check(), wanted)
-            with open(self.path(name), "w", encoding="utf-8") as file:
-                file.write(good)
-        self.make("revoke", "SERIAL=1111")
-        self.assertEqual(check()[-1], f"{DB1}.crt is revoked: make renew, or make revoke NAME=db1.internal")
-        self.make("renew", "DAYS=20", "CRL_DAYS=20")
-        self.assertEqual(check(), [line.replace("valid", "expires soon") if line != well[0] else line for line in well])
-
     def test_clean_spares_a_ca_that_is_in_use_whatever_is_left_of_it(self):
         self.assertRegex(self.make("clean", status=2), "in use by db1.internal laptop7: FORCE=yes deletes the CA anyway\n")
         for name in "servers", "clients":
@@ -299,11 +266,61 @@ class Machines(Home):
         self.assertIn("in use by db1.internal laptop7: ", self.make("clean", status=2))
         os.remove(self.path("auth/test-ca/index.txt"))
         self.assertIn("in use by db1.internal laptop7: ", self.make("clean", status=2))
-        self.make("client-cert", "NAME=laptop8")
+        self.make("client-cert", "NAME=example.com")  # a name that the pair has, too
         shutil.rmtree(self.path("auth/test-ca"))
-        self.assertIn("in use by laptop8: ", self.make("clean", status=2))
+        self.assertIn("in use by example.com: ", self.make("clean", status=2))
         self.make("clean", "FORCE=yes")
         self.assertEqual(glob.glob(glob.escape(self.path("auth")) + "/*/"), [])
+
+
+class Judged(Home):
+    """A CA with two machines and the pair, and another CA."""
+
+    commands = (*Machines.commands, "-s certs alt-certs SERIAL=2000")
+
+    def test_check_tells_what_is_wrong(self):
+        def check(status=2):
+            return [re.sub(r"until \w+ .* GMT", "until", line) for line in self.make("check", status=status).splitlines()
+                    if not line.startswith("make: ")]
+        well = [f"{name} until valid" for name in (CA, CRL, "auth/client.crt", "auth/server.crt", LAPTOP7 + ".crt", DB1 + ".crt")]
+        self.assertEqual(check(status=0), well)
+        for damages in [
+                [(CA_KEY, lambda data: self.read("auth/alt-ca/alt-ca.key").encode(), f"{CA_KEY} is not the key of {CA}"),
+                 (CRL, lambda data: None, f"{CRL} is missing, old, or does not list all that is revoked: make crl"),
+                 ("auth/client.crt", lambda data: self.read("auth/alt-client.crt").encode(),
+                  f"auth/client.crt is not for a client, or not signed by {CA}, or one has expired"),
+                 ("auth/server.crt", lambda data: None, "auth/server.crt is missing, or cannot be read"),
+                 (LAPTOP7 + ".crt", lambda data: b"junk", f"{LAPTOP7}.crt is missing, or cannot be read"),
+                 (DB1 + ".crt", lambda data: self.read("auth/server.crt").encode(), f"{DB1}.crt and {DB1}.req differ: key")],
+                [(None, None, well[0]),
+                 ("auth/test-ca/index.txt", lambda data: re.sub(b"(?m)^V(.*)\t(\t.*)$", rb"R\1\t261126000000Z\2", data, 1),
+                  f"{CRL} is missing, old, or does not list all that is revoked: make crl"),
+                 (None, None, well[2]),
+                 ("auth/server.req", lambda data: self.read(DB1 + ".req").encode(), "auth/server.req is a request for db1.internal, not example.com"),
+                 (LAPTOP7 + ".req", lambda data: None, f"{DB1}.crt is revoked: make renew, or delete {DB1}.req"),
+                 (None, None, "laptop7 (client) has no request: restore it, or make revoke NAME=laptop7")],
+                [(CA_KEY, lambda data: b"", f"{CA_KEY} cannot be read")]]:
+            names = [name for name, _, _ in damages if name]
+            good = {name: self.read(name) for name in names}
+            changed = {name: change(good[name].encode()) for name, change, _ in damages if name}
+            for name in names:
+                self.change(name, lambda data, name=name: changed[name])
+            self.assertEqual(check(), [line for *_, line in damages])
+            for name in names:
+                with open(self.path(name), "w", encoding="utf-8") as file:
+                    file.write(good[name])
+        self.make("renew", "DAYS=20", "CRL_DAYS=20")
+        self.assertEqual(check(), [line.replace("valid", "expires soon") if line != well[0] else line for line in well])
+
+    def test_a_certificate_that_is_no_good_is_made_again_when_it_is_asked_for(self):
+        good = self.read(LAPTOP7 + ".crt")
+        for bad in "", "junk", self.read("auth/client.crt"), self.read("auth/alt-client.crt"):
+            self.change(LAPTOP7 + ".crt", lambda data, bad=bad: bad.encode())
+            self.make("client-cert", "NAME=laptop7")
+            self.verify(LAPTOP7 + ".crt", "-purpose", "sslclient")
+            self.assertNotEqual(self.read(LAPTOP7 + ".crt"), good)
+        self.change(LAPTOP7 + ".req", lambda data: b"junk")
+        self.assertIn(f"{LAPTOP7}.req is missing, or cannot be read\n", self.make("client-cert", "NAME=laptop7", status=2))
 
 
 if __name__ == "__main__":

@@ -70,9 +70,9 @@ class Records(Home):
                         self.change("auth/test-ca/" + record, lambda data, old=old: damage(data, old))
                     said = self.make("renew")
                     if what != "another line's end" and (damaged[0] == "index.txt" or what != "without its newline"):
-                        self.assertIn(f"put right: auth/test-ca/{damaged[0]}, by the certificates and the list issued so far\n", said)
+                        self.assertIn(f"repaired auth/test-ca/{damaged[0]}, from the certificates and the CRL issued so far\n", said)
                     self.check_all_is_well()
-                    self.assertNotIn("put right", self.make("list"))
+                    self.assertNotIn("repaired", self.make("list"))
 
     def test_all_records_are_lost_but_not_the_list(self):
         for record in RECORDS:
@@ -89,7 +89,7 @@ class Records(Home):
             self.change("auth/test-ca/index.txt", damage)
             for goal in "renew", "crl", "check", "clean":
                 self.assertEqual(self.make(goal, status=2).splitlines()[0], f"auth/test-ca/index.txt and {CRL} are lost: "
-                                 "bring the list back, from a server or back-up")
+                                 "restore the CRL, from a server or a back-up; only if there never was one, write 01 to auth/test-ca/crlnumber")
             self.assertFalse(os.path.exists(self.path(CRL)))
 
     def test_a_first_list_of_nothing_is_one(self):
@@ -129,7 +129,7 @@ class Records(Home):
     def test_a_date_that_is_none_is_put_right(self):
         self.change("auth/test-ca/index.txt", lambda data: re.sub(rb"(?m)^V\t\d+", b"V\t991399", data))
         os.remove(self.path("auth/test-ca/index.txt.old"))
-        self.assertIn("put right: auth/test-ca/index.txt, by the certificates and the list issued so far\n", self.make("list"))
+        self.assertIn("repaired auth/test-ca/index.txt, from the certificates and the CRL issued so far\n", self.make("list"))
         self.make("renew")
         self.check_all_is_well()
 
