@@ -138,7 +138,7 @@ class Records(Home):
         os.mkdir(self.path(DB1))
         self.make("client-cert", "NAME=laptop8")
         serials = len(self.index())
-        self.assertIn(f"NOT renewed: {DB1}\n", self.make("renew", status=2))
+        self.assertIn(f"{DB1} NOT renewed: Is a directory\n", self.make("renew", status=2))
         self.assertEqual(len(self.index()), serials + 2)
         os.rmdir(self.path(DB1))
         shutil.rmtree(self.path("auth/test-ca/new_certs"))
