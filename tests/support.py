@@ -20,9 +20,11 @@ import threading
 import time
 import unittest
 
+os.environ.update(SSL_CERT_FILE=os.devnull, SSL_CERT_DIR=os.devnull)  # openssl would load all of the system's CAs, each time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PATIENCE = 60  # seconds that anything may take on a loaded machine before a test calls it stuck
 
+PYTHON = [sys.executable, "-S"]  # which finds no package that is installed
 MAKE = os.environ.get("MAKE", "make")  # the one that runs the tests
 FAST = "NEWKEY=ec -pkeyopt ec_paramgen_curve:P-256 -pkeyopt ec_param_enc:named_curve"
 ALL = "-j8 certs alt-certs odd-certs"
@@ -54,7 +56,7 @@ def plain_environment():
 
 def make_command(*arguments):
     """Return the command of a make that uses the Python of the tests, and keys that are made at once."""
-    return [MAKE, f"PYTHON={sys.executable}", FAST, *arguments]
+    return [MAKE, "PYTHON=" + " ".join(PYTHON), FAST, *arguments]
 
 
 def make(folder, *arguments, status=0, environment=None):
@@ -187,8 +189,8 @@ class Process:
 class Server(Process):
     """server_try on a free port, listening."""
 
-    def __init__(self, *arguments, files=(CA, *SERVER), script=os.path.join(ROOT, "server_try"), **options):
-        super().__init__(sys.executable, script, "--port", "0", *arguments, *files, **options)
+    def __init__(self, *arguments, files=(CA, *SERVER), script="server_try", **options):
+        super().__init__(*python(script), "--port", "0", *arguments, *files, **options)
         try:
             self.port = int(self.wait_for(r"^listening on .*:(\d+)$").group(1))
         except AssertionError:
@@ -200,14 +202,19 @@ class Server(Process):
         return self.end()
 
 
+def python(script, *arguments):
+    """Return the command that runs a script, the project's or a path, with the Python of the tests."""
+    return [*PYTHON, os.path.join(ROOT, script), *arguments]
+
+
 def at_terminal_command(*arguments):
     """Return the command of a server_try whose controlling terminal is its standard input."""
-    return [sys.executable, "-c", "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-            "os.execv(sys.argv[1], sys.argv[1:])", sys.executable, os.path.join(ROOT, "server_try"), *arguments]
+    return [*PYTHON, "-c", "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+            "os.execv(sys.argv[1], sys.argv[1:])", *python("server_try"), *arguments]
 
 
 def client_command(port, *arguments, files=(CA, *CLIENT)):
-    return [sys.executable, os.path.join(ROOT, "client_try"), "--port", str(port), *arguments, *files]
+    return python("client_try", "--port", str(port), *arguments, *files)
 
 
 def client(port, *arguments, files=(CA, *CLIENT), **options):

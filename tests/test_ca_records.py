@@ -6,11 +6,10 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import unittest
 
-from support import PATIENCE, Home, template, temporary_folder, wait_until
+from support import PATIENCE, PYTHON, Home, template, temporary_folder, wait_until
 
 CRL = "auth/test-ca/test-ca.crl"
 RECORDS = ("index.txt", "index.txt.attr", "serial", "crlnumber")
@@ -49,30 +48,28 @@ class Records(Home):
         serials = [row[3] for row in rows]
         self.assertEqual(len(serials), len(set(serials)))
         self.assertEqual({row[3] for row in rows if row[0] == "R"}, set(revoked))
-        for name in os.listdir(self.path("auth/test-ca/new_certs")):
-            self.assertIn(name[:-4], serials)
-            self.assertIn(name[:-4], self.openssl("x509", "-in", "auth/test-ca/new_certs/" + name, "-noout", "-serial"))
+        self.assertLessEqual({name[:-4] for name in os.listdir(self.path("auth/test-ca/new_certs"))}, set(serials))
         self.assertGreater(int(self.read("auth/test-ca/serial"), 16), max(int(serial, 16) for serial in serials))
         self.verify(DB1)
         serial = self.openssl("x509", "-in", DB1, "-noout", "-serial").strip().partition("=")[2]
         self.assertEqual(serial, max(serials))
 
     def test_whatever_happened_to_a_record_it_is_put_right(self):
-        for what, damage in [("missing", lambda data, old: None), ("empty", lambda data, old: b""), ("cut", lambda data, old: data[:len(data) // 2]),
-                             ("without its newline", lambda data, old: data[:-1]), ("old", lambda data, old: old),
-                             ("junk", lambda data, old: b"\xff\x00junk\n"), ("another line's end", lambda data, old: data.replace(b"\n", b"\r\n"))]:
-            for damaged in [["index.txt"], ["index.txt", "index.txt.old"], ["serial", "crlnumber", "index.txt.attr"]]:
-                with self.subTest(damaged, are=what):
-                    self.setUp()
-                    for record in damaged:
-                        with open(os.path.join(template(*BEFORE), "auth/test-ca", record.replace(".old", "")), "rb") as file:
-                            old = file.read()
-                        self.change("auth/test-ca/" + record, lambda data, old=old: damage(data, old))
-                    said = self.make("renew")
-                    if what != "another line's end" and (damaged[0] == "index.txt" or what != "without its newline"):
-                        self.assertIn(f"repaired auth/test-ca/{damaged[0]}, from the certificates and the CRL issued so far\n", said)
-                    self.check_all_is_well()
-                    self.assertNotIn("repaired", self.make("list"))
+        for what, repaired, damage in [("missing", RECORDS, lambda data, old: None), ("empty", RECORDS, lambda data, old: b""),
+                                       ("cut", RECORDS, lambda data, old: data[:len(data) // 2]),
+                                       ("without their newlines", RECORDS, lambda data, old: data[:-1]),
+                                       ("junk", RECORDS, lambda data, old: b"\xff\x00junk\n"),
+                                       ("old", ("index.txt", "serial", "crlnumber"), lambda data, old: old),
+                                       ("with another line's end", (), lambda data, old: data.replace(b"\n", b"\r\n"))]:
+            with self.subTest(what):
+                self.setUp()
+                for record in (*RECORDS, "index.txt.old"):
+                    with open(os.path.join(template(*BEFORE), "auth/test-ca", record.replace(".old", "")), "rb") as file:
+                        old = file.read()
+                    self.change("auth/test-ca/" + record, lambda data, old=old, damage=damage: damage(data, old))
+                self.assertEqual([line for line in self.make("renew").splitlines() if line.startswith("repaired")],
+                                 [f"repaired auth/test-ca/{record}, from the certificates and the CRL issued so far" for record in repaired])
+                self.check_all_is_well()
 
     def test_all_records_are_lost_but_not_the_list(self):
         for record in RECORDS:
@@ -189,7 +186,7 @@ while test $# != 0; do if test "$1" = -out; then : > "$2"; fi; shift; done
         preload = self.preload()
         before = self.listing()
         for arguments in ["renew"], ["client-cert", "NAME=laptop8"], ["clean"]:
-            said = self.make(*arguments, f"PYTHON={preload}NO_LOCKS=1 {sys.executable}", status=2)
+            said = self.make(*arguments, f"PYTHON={preload}NO_LOCKS=1 {' '.join(PYTHON)}", status=2)
             self.assertRegex(said.splitlines()[0], r"^[a-z-]+: No locks available$")
         self.assertEqual(self.listing(), before)
 

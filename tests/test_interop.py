@@ -185,9 +185,8 @@ class LoadBalancer(TestCase):
                     self.assertEqual(client(port)[:2], (0, "42\n"))
                 for server in one, two:
                     server.wait_for("answered 1, done")
-                stop_at = 10
-                for number in range(30):
-                    if number == stop_at:
+                for number in range(20):
+                    if number == 6:
                         one.process.send_signal(signal.SIGTERM)
                     status, output, errors = client(port)
                     self.assertEqual((status, output), (0, "42\n"), f"client {number}: {errors}")

@@ -77,9 +77,6 @@ class Clone(Home):
         self.assertIn("or later, is needed; this is OpenSSL 1.0.2", self.make("certs", self.false_openssl("echo OpenSSL 1.0.2\n"), status=2))
         self.assertRegex(self.make("certs", "MAKE_VERSION=3.80", status=2), r"\A.*GNU make 3.81 or later is needed; this is 3.80.*\n\Z")
 
-    def test_a_first_demo_makes_what_it_needs(self):
-        self.assertIn("\nclient: 42\n", self.make("demo", "PORT=0"))  # test_readme has the rest of what it prints
-
 
 class Certs(Home):
     commands = (ALL,)

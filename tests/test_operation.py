@@ -14,8 +14,8 @@ import threading
 import time
 import unittest
 
-from support import (CA, CLIENT, PATIENCE, ROOT, SERVER, Project, Server, TestCase, client, connection, copy_project, make,
-                     receive_all, run, shortened, stuck_connection, temporary_folder, wait_until)
+from support import (CA, CLIENT, PATIENCE, SERVER, Project, Server, TestCase, client, connection, copy_project,
+                     make, python, receive_all, run, shortened, stuck_connection, temporary_folder, wait_until)
 
 CRL = "auth/test-ca/test-ca.crl"
 LAPTOP = ("auth/clients/laptop7.crt", "auth/clients/laptop7.key")
@@ -64,7 +64,7 @@ class Stopping(TestCase):
     def test_in_time_even_where_nobody_reads_the_log(self):
         reader, writer = os.pipe()
         size = fcntl.fcntl(writer, 1031, 4096)  # F_SETPIPE_SZ, which Python names from 3.10 on
-        with subprocess.Popen([sys.executable, shortened("server_try", STOP_SECONDS=1), "--port", "0", CA, *SERVER],
+        with subprocess.Popen(python(shortened("server_try", STOP_SECONDS=1), "--port", "0", CA, *SERVER),
                               cwd=Project.get(), stderr=writer) as process:
             try:
                 os.close(writer)
@@ -142,7 +142,7 @@ class Changing(TestCase):
         thread = threading.Thread(target=reload_all_the_time)
         thread.start()
         try:
-            for _ in range(150):
+            for _ in range(80):
                 with connection(server.port) as tls:
                     tls.sendall(b"1\n")
                     self.assertEqual(tls.recv(10), b"2\n")
@@ -263,7 +263,7 @@ class Changing(TestCase):
         for crl, reason in [("missing", "No such file"), ("junk", ""), ("empty", ""), ("auth", "Is a directory"),
                             ("auth/alt-ca/alt-ca.cert", "not a CRL"), (SERVER[1], ""), ("both", "not a CRL")]:
             for script in "server_try", "client_try":
-                status, output, errors = run(sys.executable, os.path.join(ROOT, script), "--port", "1", "--crl", crl, CA, *SERVER,
+                status, output, errors = run(*python(script), "--port", "1", "--crl", crl, CA, *SERVER,
                                              folder=self.folder)
                 self.assertEqual((status, output), (1, ""))
                 self.assertOneLine(errors, f"{script}: {crl}: {reason}")

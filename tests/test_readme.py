@@ -14,8 +14,8 @@ import subprocess
 import sys
 import unittest
 
-from support import (CA, CLIENT, FAST, MAKE, PATIENCE, ROOT, Process, Project, Server, TestCase, client_command,
-                     copy_project, make, plain_environment, readme, run, temporary_folder)
+from support import (CA, CLIENT, FAST, MAKE, PATIENCE, PYTHON, ROOT, Process, Project, Server, TestCase,
+                     client_command, copy_project, make, plain_environment, readme, run, temporary_folder)
 
 ASIDE = [(r"\(serial [\w…]+, until \w+ [ \d]\d [\d:]+ \d+ GMT\)", "(serial N)"), (r"127\.0\.0\.1:\d+", "HOST:PORT"),
          (r"(?m)^revoked \w+", "revoked N"), (r"\b(?!2 |8 )\d+ bytes$", "N bytes"),
@@ -182,9 +182,8 @@ class Lesson(TestCase):
                 self.assertIn("\n" + line + "\n", rest, script)
                 rest = "\n" + rest.partition("\n" + line + "\n")[2]
 
-
     def test_demo(self):
-        """The first block is what `make demo` prints."""
+        """The first block is what `make demo` prints, in a clone that has no certificates yet."""
         shown, = re.findall(r"(?ms)^```\n(server: .*?)^```$", readme())
         folder = copy_project(os.path.join(temporary_folder(), "clone"))
         said = make(folder, "demo", "PORT=0")
@@ -256,7 +255,7 @@ except (OSError, ValueError) as error:
         folder = os.path.dirname(self.apply(fenced("diff", readme())[2]))
         with Server() as server:
             files = [os.path.join(Project.get(), name) for name in (CA, *CLIENT)]
-            status, output, errors = run(sys.executable, "-c", program.format(files=files, port=server.port), folder=folder)
+            status, output, errors = run(*PYTHON, "-c", program.format(files=files, port=server.port), folder=folder)
             self.assertEqual((status, output), (0, "42\nturned us away: certificate required\n"), errors)
 
 
@@ -303,7 +302,7 @@ class Operator(TestCase):
     def client(self, port):
         """Run the client on its machine as the page has it, but for the address; return status, output and errors."""
         files = re.search(r"(?m)^    \./client_try --host db1\.internal (.*)$", readme("auth"))[1].split()
-        return run(sys.executable, "client_try", "--host", "127.0.0.1", "--server-name", "db1.internal", "--port", str(port), *files,
+        return run(*PYTHON, "client_try", "--host", "127.0.0.1", "--server-name", "db1.internal", "--port", str(port), *files,
                    folder=self.world + "/laptop7/opt/client_try")
 
     def test_page(self):

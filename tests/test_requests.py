@@ -105,5 +105,5 @@ class Requests(TestCase):
                 server.wait_for("^NameError: name 'nmber' is not defined")
                 self.assertIn("Traceback (most recent call last):", server.log())
                 server.lines.clear()
-                self.assertEqual(client(server.port)[:2], (0, "42\n"))
+            self.assertEqual(client(server.port)[:2], (0, "42\n"))
             self.assertEqual(server.stop(), 0)

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 
-from support import (CA, PATIENCE, ROOT, SERVER, Process, Project, TestCase, at_terminal_command, client, client_command,
-                     connection, run, shortened, temporary_folder)
+from support import (CA, PATIENCE, PYTHON, ROOT, SERVER, Process, Project, TestCase, at_terminal_command, client,
+                     client_command, connection, python, run, shortened, temporary_folder)
 
 # Starts a script with a limit on threads, as under systemd's TasksMax=.
 FEW_THREADS = """
@@ -30,10 +30,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 class Starting(TestCase):
     def test_sigterm_in_the_first_instants(self):
-        command = [sys.executable, os.path.join(ROOT, "server_try"), "--port", "0", CA, *SERVER]
-        for number in range(30):
+        command = python("server_try", "--port", "0", CA, *SERVER)
+        for number in range(20):
             with subprocess.Popen(command, cwd=Project.get(), stderr=subprocess.PIPE) as server:
-                time.sleep(number * 0.005)
+                time.sleep(number * 0.006)
                 server.terminate()
                 said = server.stderr.read().decode()
                 status = server.wait(PATIENCE)
@@ -46,7 +46,7 @@ class Starting(TestCase):
         os.mkfifo(fifo)
         with open(os.path.join(Project.get(), CA)) as file:
             certificate = file.read()
-        with Process(sys.executable, os.path.join(ROOT, "server_try"), "--port", "0", fifo, *SERVER) as server:
+        with Process(*python("server_try"), "--port", "0", fifo, *SERVER) as server:
             with open(fifo, "w") as pipe:
                 server.process.send_signal(signal.SIGHUP)
                 pipe.write(certificate)
@@ -62,7 +62,7 @@ class Starting(TestCase):
             for number, status in zip((signal.SIGINT, signal.SIGTERM), statuses):
                 fifo = os.path.join(temporary_folder(), "fifo")
                 os.mkfifo(fifo)
-                process = subprocess.Popen([sys.executable, os.path.join(ROOT, script), fifo], stderr=subprocess.PIPE)
+                process = subprocess.Popen(python(script, fifo), stderr=subprocess.PIPE)
                 with process:
                     with open(fifo, "w"):  # it has got as far as its CA certificate
                         process.send_signal(number)
@@ -76,7 +76,7 @@ class Reloading(TestCase):
         ca = os.path.join(temporary_folder(), "ca")
         for number in signal.SIGTERM, signal.SIGINT:
             shutil.copy(os.path.join(Project.get(), CA), ca)
-            with Process(sys.executable, os.path.join(ROOT, "server_try"), "--port", "0", ca, *SERVER) as server:
+            with Process(*python("server_try"), "--port", "0", ca, *SERVER) as server:
                 server.wait_for("^trusting ")
                 os.remove(ca)
                 os.mkfifo(ca)
@@ -89,7 +89,7 @@ class Reloading(TestCase):
 
     def test_sigterm_while_a_reload_writes_to_a_log_that_nobody_reads(self):
         reader, writer = os.pipe()
-        command = [sys.executable, shortened("server_try", STOP_SECONDS=1), "--port", "0", CA, *SERVER]
+        command = python(shortened("server_try", STOP_SECONDS=1), "--port", "0", CA, *SERVER)
         with subprocess.Popen(command, cwd=Project.get(), stderr=writer) as process:
             try:
                 os.read(reader, 1000)
@@ -150,7 +150,7 @@ class Container(TestCase):
 
     def test_the_server_stops_even_where_nobody_reads_its_log(self):
         reader, writer = os.pipe()
-        command = [*self.CONTAINER, sys.executable, shortened("server_try", STOP_SECONDS=1), "--port", "0", CA, *SERVER]
+        command = [*self.CONTAINER, *python(shortened("server_try", STOP_SECONDS=1)), "--port", "0", CA, *SERVER]
         with subprocess.Popen(command, cwd=Project.get(), stderr=writer) as process:
             try:
                 port = int(os.read(reader, 1000).splitlines()[0].rpartition(b":")[2])
@@ -171,7 +171,7 @@ class Container(TestCase):
 
 class Threads(TestCase):
     def test_a_thread_that_cannot_be_had_keeps_one_client_waiting_and_nobody_else(self):
-        command = [sys.executable, "-c", FEW_THREADS, os.path.join(ROOT, "server_try"), "--port", "0", CA, *SERVER]
+        command = [*PYTHON, "-c", FEW_THREADS, os.path.join(ROOT, "server_try"), "--port", "0", CA, *SERVER]
         with Process(*command) as server:
             port = int(server.wait_for(r"^listening on .*:(\d+)$").group(1))
             with contextlib.ExitStack() as stack:
@@ -191,6 +191,6 @@ class Threads(TestCase):
 
     def test_too_few_threads_at_the_start_are_one_line(self):
         few = FEW_THREADS.replace("range(9)", "range(3)")
-        status, _, errors = run(sys.executable, "-c", few, os.path.join(ROOT, "server_try"), "--port", "0", CA, *SERVER)
+        status, _, errors = run(*PYTHON, "-c", few, os.path.join(ROOT, "server_try"), "--port", "0", CA, *SERVER)
         self.assertEqual(status, 1)
         self.assertEqual(errors.splitlines()[-1], "server_try: can't start new thread")
