@@ -115,6 +115,17 @@ def temporary_folder():
     return folder
 
 
+def path_with(**scripts):
+    """Return a PATH on which python3 and make are those of the tests, and these shell scripts are programs."""
+    folder = temporary_folder()
+    scripts.update(python3=f'exec {" ".join(map(shlex.quote, PYTHON))} "$@"\n', make=f'exec {shutil.which(MAKE)} "$@"\n')
+    for name, script in scripts.items():
+        with open(os.path.join(folder, name), "w") as file:
+            file.write("#!/bin/sh\n" + script)
+        os.chmod(file.name, 0o755)
+    return folder + os.pathsep + os.environ["PATH"]
+
+
 class Project:
     """One copy of the project with both CAs' certificates, made when it is first asked for."""
 

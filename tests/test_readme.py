@@ -11,11 +11,10 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import unittest
 
-from support import (CA, CLIENT, FAST, MAKE, PATIENCE, PYTHON, ROOT, Process, Project, Server, TestCase,
-                     client_command, copy_project, make, plain_environment, readme, run, temporary_folder)
+from support import (CA, CLIENT, FAST, PATIENCE, PYTHON, ROOT, Process, Project, Server, TestCase, client_command,
+                     copy_project, make, path_with, plain_environment, readme, run, temporary_folder)
 
 ASIDE = [(r"\(serial [\w…]+, until \w+ [ \d]\d [\d:]+ \d+ GMT\)", "(serial N)"), (r"127\.0\.0\.1:\d+", "HOST:PORT"),
          (r"(?m)^revoked \w+", "revoked N"), (r"\b(?!2 |8 )\d+ bytes$", "N bytes"),
@@ -81,11 +80,8 @@ class Lesson(TestCase):
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text)
         make(self.folder, "certs", "alt-certs", "odd-certs")
-        bin_folder = temporary_folder()  # the scripts' python3 is this one
-        os.symlink(sys.executable, os.path.join(bin_folder, "python3"))
-        os.symlink(shutil.which(MAKE), os.path.join(bin_folder, "make"))
         self.env = plain_environment()
-        self.env.update(PATH=bin_folder + os.pathsep + os.environ["PATH"], PYTHONIOENCODING="utf-8")
+        self.env.update(PATH=path_with(), PYTHONIOENCODING="utf-8")
         self.server, self.seen, experiments, blocks = None, 0, 0, 0
         try:
             for number, lines, cells in steps(text):
@@ -259,16 +255,14 @@ except (OSError, ValueError) as error:
             self.assertEqual((status, output), (0, "42\nturned us away: certificate required\n"), errors)
 
 
-SSH = """#!/bin/sh
-host=${1#root@}; shift
+SSH = """host=${1#root@}; shift
 case $* in
 "mkdir -p "*) mkdir -p "$WORLD/$host$3";;
 "systemctl reload server_try") kill -HUP "$(cat "$WORLD/pid")";;
 *) exit 1;;
 esac
 """
-SCP = """#!/bin/sh
-while test $# -gt 1; do case $1 in -*) ;; *) files="$files $1";; esac; shift; done
+SCP = """while test $# -gt 1; do case $1 in -*) ;; *) files="$files $1";; esac; shift; done
 host=${1#root@}
 cp -p $files "$WORLD/${host%%:*}${1#*:}"
 """
@@ -284,13 +278,7 @@ class Operator(TestCase):
             text = file.read()
         with open(os.path.join(self.home, "Makefile"), "w") as file:
             file.write(text.replace("NEWKEY = rsa:2048", FAST))
-        programs = temporary_folder()
-        for name, script in ("ssh", SSH), ("scp", SCP):
-            with open(os.path.join(programs, name), "w") as file:
-                file.write(script)
-            os.chmod(file.name, 0o755)
-        os.symlink(shutil.which(MAKE), os.path.join(programs, "make"))
-        self.env = dict(plain_environment(), PATH=programs + os.pathsep + os.environ["PATH"], WORLD=self.world)
+        self.env = dict(plain_environment(), PATH=path_with(ssh=SSH, scp=SCP), WORLD=self.world)
 
     def shell(self, command):
         """Run a command at the CA's home, which must succeed; return what it says."""
@@ -318,9 +306,9 @@ class Operator(TestCase):
         os.unlink(machine + path)  # the service may not read it
         start = unit["ExecStart"].replace("/opt/", machine + "/opt/").replace("0.0.0.0", "127.0.0.1 --port 0")
         check = unit["ExecStartPre"].replace("/opt/", machine + "/opt/")
-        status, said = shell(f"{sys.executable} {check}", machine + unit["WorkingDirectory"], dict(self.env, CREDENTIALS_DIRECTORY=credentials))
+        status, said = shell(f"python3 {check}", machine + unit["WorkingDirectory"], dict(self.env, CREDENTIALS_DIRECTORY=credentials))
         self.assertEqual(status, 0, said)
-        with Process("sh", "-c", f"exec {sys.executable} {start}", folder=machine + unit["WorkingDirectory"],
+        with Process("sh", "-c", f"exec python3 {start}", folder=machine + unit["WorkingDirectory"],
                      env=dict(self.env, CREDENTIALS_DIRECTORY=credentials)) as server:
             port = int(server.wait_for(r"^listening on .*:(\d+)$")[1])
             with open(os.path.join(self.world, "pid"), "w") as file:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 from support import (CA, PATIENCE, PYTHON, ROOT, SERVER, Process, Project, TestCase, at_terminal_command, client,

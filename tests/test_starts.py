@@ -14,7 +14,7 @@ import time
 import unittest
 
 from support import (CA, CLIENT, PATIENCE, PYTHON, ROOT, SERVER, Process, Project, Server, TestCase,
-                     at_terminal_command, client, client_command, python, run)
+                     at_terminal_command, client, client_command, path_with, python, run)
 
 
 class BadFiles(TestCase):
@@ -319,7 +319,7 @@ class Usage(TestCase):
 
     def test_help(self):
         for script in "server_try", "client_try":
-            status, output, errors = run(os.path.join(ROOT, script), "--help")
+            status, output, errors = run(os.path.join(ROOT, script), "--help", env={**os.environ, "PATH": path_with()})
             self.assertEqual((status, errors), (0, ""))
             self.assertIn("CA [CERT KEY]", output)
 
