@@ -108,6 +108,17 @@ def shortened(script, **constants):
     return path
 
 
+def mistaken():
+    """Return the path of a server_try with a mistake, as a reader might make it who changes plus_one: it falls over 13."""
+    with open(os.path.join(ROOT, "server_try"), encoding="utf-8") as file:
+        before, line, after = file.read().partition('    return b"%d\\n" % (int(request) + 1)\n')
+    assert line
+    path = os.path.join(temporary_folder(), "server_try")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f'{before}    if request == b"13\\n":\n        request = nmber\n{line}{after}')
+    return path
+
+
 def temporary_folder():
     """Return a new folder that goes when the tests end."""
     folder = tempfile.mkdtemp(prefix="server_try-")

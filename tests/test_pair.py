@@ -111,6 +111,18 @@ class Exchange(TestCase):
         self.assertLessEqual({"CLIENT_HANDSHAKE_TRAFFIC_SECRET", "SERVER_HANDSHAKE_TRAFFIC_SECRET",
                               "CLIENT_TRAFFIC_SECRET_0", "SERVER_TRAFFIC_SECRET_0"}, labels)
 
+    def test_neither_end_waits_for_an_acknowledgement(self):
+        """Each has TCP_NODELAY on its sockets when it wraps them, or a second message would wait some 40 ms."""
+        show = ("import runpy, socket, ssl, sys; wrap = ssl.SSLContext.wrap_socket; sys.argv = sys.argv[1:];"
+                "ssl.SSLContext.wrap_socket = lambda context, sock, **more: (print('no delay:', sock.getsockopt(socket.IPPROTO_TCP,"
+                "socket.TCP_NODELAY), file=sys.stderr, flush=True), wrap(context, sock, **more))[1];"
+                "runpy.run_path(sys.argv[0], run_name='__main__')")
+        with Process(*PYTHON, "-c", show, os.path.join(ROOT, "server_try"), "--port", "0", CA, *SERVER) as server:
+            port = server.wait_for(r"^listening on .*:(\d+)$")[1]
+            status, _, errors = run(*PYTHON, "-c", show, os.path.join(ROOT, "client_try"), "--port", port, CA, *CLIENT)
+            self.assertEqual((status, errors.splitlines()[0]), (0, "no delay: 1"))
+            server.wait_for("^no delay: 1$")
+
     def test_no_session_ticket_is_sent(self):
         with Server() as server, connection(server.port) as tls:
             tls.sendall(b"1\n")
@@ -329,6 +341,13 @@ class Helpers(TestCase):
         (server, shared), (client, same) = texts
         self.assertEqual(shared, same)
         self.assertEqual(server & client, {"main", "parse_arguments"})
+
+    def test_the_times_and_sizes_are_those_of_the_documents(self):
+        for script, constants in ("server_try", ("IDLE_SECONDS = 60", "STOP_SECONDS = 4", "LINE_LIMIT = 4096")), ("client_try", ("LINE_LIMIT = 4096",)):
+            with open(os.path.join(ROOT, script), encoding="utf-8") as file:
+                lines = [line.partition("  #")[0] for line in file.read().splitlines()]
+            for constant in constants:
+                self.assertIn(constant, lines)
 
     def test_the_limits_of_the_scripts(self):
         for script, limit in ("server_try", 340), ("client_try", 250):

@@ -1,12 +1,10 @@
 """What may be asked, what may not, and what becomes of those who ask it."""
 
 import contextlib
-import os
 import socket
 import time
 
-from support import (ROOT, Server, TestCase, client, connection, receive_all, shortened, stuck_connection,
-                     temporary_folder)
+from support import Server, TestCase, client, connection, mistaken, receive_all, shortened, stuck_connection
 
 
 class Requests(TestCase):
@@ -89,15 +87,7 @@ class Requests(TestCase):
             self.assertEqual(receive_all(tls), b"2\nerror: no newline within 4096 bytes\n")
 
     def test_a_mistake_of_our_own_shows_its_traceback_and_the_server_goes_on(self):
-        """As a reader might make it, who changes plus_one."""
-        with open(os.path.join(ROOT, "server_try"), encoding="utf-8") as file:
-            text = file.read()
-        line = '    return b"%d\\n" % (int(request) + 1)\n'
-        self.assertEqual(text.count(line), 1)
-        script = os.path.join(temporary_folder(), "server_try")
-        with open(script, "w", encoding="utf-8") as file:
-            file.write(text.replace(line, '    if request == b"13\\n":\n        request = nmber\n' + line))
-        with Server("--max-clients", "3", script=script) as server:
+        with Server("--max-clients", "3", script=mistaken()) as server:
             for _ in range(12):  # more than there are places, and threads that wait
                 status, output, errors = client(server.port, "-n", "13")
                 self.assertEqual((status, output), (1, ""))

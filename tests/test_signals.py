@@ -27,6 +27,28 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@contextlib.contextmanager
+def unread(command):
+    """Start a server whose log is a pipe; give the process, its port, and both ends of that pipe, which nobody else reads."""
+    reader, writer = os.pipe()
+    with subprocess.Popen(command, cwd=Project.get(), stderr=writer) as process:
+        try:
+            yield process, int(os.read(reader, 1000).splitlines()[0].rpartition(b":")[2]), reader, writer
+        finally:
+            process.kill()
+            os.close(reader)
+            os.close(writer)
+
+
+def fill(writer):
+    """Write into a pipe until no more goes in."""
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 100)
+    os.set_blocking(writer, True)
+
+
 class Starting(TestCase):
     def test_sigterm_in_the_first_instants(self):
         command = python("server_try", "--port", "0", CA, *SERVER)
@@ -87,24 +109,12 @@ class Reloading(TestCase):
                 os.remove(ca)
 
     def test_sigterm_while_a_reload_writes_to_a_log_that_nobody_reads(self):
-        reader, writer = os.pipe()
-        command = python(shortened("server_try", STOP_SECONDS=1), "--port", "0", CA, *SERVER)
-        with subprocess.Popen(command, cwd=Project.get(), stderr=writer) as process:
-            try:
-                os.read(reader, 1000)
-                os.set_blocking(writer, False)
-                with contextlib.suppress(BlockingIOError):
-                    while True:
-                        os.write(writer, b"x" * 100)
-                os.set_blocking(writer, True)
-                process.send_signal(signal.SIGHUP)
-                time.sleep(0.5)
-                process.terminate()
-                self.assertEqual(process.wait(PATIENCE), 0)
-            finally:
-                process.kill()
-                os.close(reader)
-                os.close(writer)
+        with unread(python(shortened("server_try", STOP_SECONDS=1), "--port", "0", CA, *SERVER)) as (process, _, _, writer):
+            fill(writer)
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.5)
+            process.terminate()
+            self.assertEqual(process.wait(PATIENCE), 0)
 
 
 class Terminal(TestCase):
@@ -148,24 +158,13 @@ class Container(TestCase):
                     self.assertEqual(process.end(), 130)
 
     def test_the_server_stops_even_where_nobody_reads_its_log(self):
-        reader, writer = os.pipe()
         command = [*self.CONTAINER, *python(shortened("server_try", STOP_SECONDS=1)), "--port", "0", CA, *SERVER]
-        with subprocess.Popen(command, cwd=Project.get(), stderr=writer) as process:
-            try:
-                port = int(os.read(reader, 1000).splitlines()[0].rpartition(b":")[2])
-                os.set_blocking(writer, False)
-                with contextlib.suppress(BlockingIOError):
-                    while True:
-                        os.write(writer, b"x" * 100)
-                os.set_blocking(writer, True)
-                for _ in range(20):
-                    socket.create_connection(("127.0.0.1", port)).close()
-                os.kill(self.first_process(process), signal.SIGTERM)
-                self.assertEqual(process.wait(PATIENCE), 0)
-            finally:
-                process.kill()
-                os.close(reader)
-                os.close(writer)
+        with unread(command) as (process, port, _, writer):
+            fill(writer)
+            for _ in range(20):
+                socket.create_connection(("127.0.0.1", port)).close()
+            os.kill(self.first_process(process), signal.SIGTERM)
+            self.assertEqual(process.wait(PATIENCE), 0)
 
 
 class Threads(TestCase):

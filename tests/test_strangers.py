@@ -63,7 +63,8 @@ class Crowds(TestCase):
             wait_until(lambda: not PROC or usage(server)[1] <= 10)  # the main one, and 9 that wait
 
     def test_handshake_ends_in_time_however_it_drips(self):
-        with Server("--timeout", "1", script=shortened("server_try", STOP_SECONDS=1)) as server, socket.create_connection(("127.0.0.1", server.port)) as stranger:
+        script = shortened("server_try", STOP_SECONDS=1)
+        with Server("--timeout", "1", script=script) as server, socket.create_connection(("127.0.0.1", server.port)) as stranger:
             begun = time.monotonic()
             stranger.settimeout(0.1)
             with contextlib.suppress(ConnectionError):
@@ -101,7 +102,8 @@ class Crowds(TestCase):
 
     @unittest.skipUnless(PROC, "needs /proc")
     def test_out_of_file_descriptors(self):
-        limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        def limit():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         with Server("--timeout", str(PATIENCE), preexec_fn=limit) as server:
             strangers = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(150)]
             server.wait_for("cannot take more connections for now: Too many open files")
