@@ -9,10 +9,11 @@ import signal
 import socket
 import ssl
 import tempfile
+import time
 import unittest
 
-from support import (CA, CLIENT, PYTHON, ROOT, SERVER, Process, Project, Server, TestCase, client, client_command,
-                     connection, run, tls_client, tls_server)
+from support import (CA, CLIENT, PYTHON, ROOT, SERVER, Process, Project, Relay, Server, TestCase, client,
+                     client_command, connection, run, tls_client, tls_server)
 
 ALT_CA = "auth/alt-ca/alt-ca.cert"
 ALT_SERVER = ("auth/alt-server.crt", SERVER[1])
@@ -82,11 +83,23 @@ class Exchange(TestCase):
             for host in "127.0.0.1", "::1":
                 self.assertEqual(client(server.port, "--host", host, "--server-name", "example.com")[1], "42\n")
 
+    def client_of_two_addresses(self, first, second, port, timeout):
+        """Run a client whose host has these addresses; return its status, standard output and standard error."""
+        resolver = ("import runpy, socket, sys; real = socket.getaddrinfo; sys.argv = sys.argv[1:];"
+                    f"socket.getaddrinfo = lambda host, *rest, **more: real('{first}', *rest, **more) + real('{second}', *rest, **more);"
+                    "runpy.run_path(sys.argv[0], run_name='__main__')")
+        return run(*PYTHON, "-c", resolver, os.path.join(ROOT, "client_try"), "--port", str(port), "--host", "db",
+                   "--server-name", "example.com", "--timeout", timeout, CA, *CLIENT)
+
+    def test_an_address_has_its_share_of_the_time_and_what_follows_has_the_rest(self):
+        def slow(data, passed, to_client):
+            time.sleep(0 if passed else 1.2)
+            return data
+        with Server() as server, Relay(server.port, slow) as relay:
+            self.assertEqual(self.client_of_two_addresses("127.0.0.1", "127.0.0.1", relay.port, "2")[:2], (0, "42\n"))
+
     def test_first_address_is_silent(self):
         """The host has two addresses; at the first nobody takes connections, and its queue is full."""
-        resolver = ("import runpy, socket, sys; real = socket.getaddrinfo; sys.argv = sys.argv[1:];"
-                    "socket.getaddrinfo = lambda host, *rest, **more: real('127.0.0.2', *rest, **more) + real('127.0.0.1', *rest, **more);"
-                    "runpy.run_path(sys.argv[0], run_name='__main__')")
         with Server() as server, contextlib.ExitStack() as stack:
             silent = stack.enter_context(socket.socket())
             try:
@@ -97,8 +110,7 @@ class Exchange(TestCase):
             with contextlib.suppress(socket.timeout):
                 while True:
                     stack.enter_context(socket.create_connection(("127.0.0.2", server.port), 0.3))
-            status, output, errors = run(*PYTHON, "-c", resolver, os.path.join(ROOT, "client_try"), "--port", str(server.port),
-                                         "--host", "db", "--server-name", "example.com", "--timeout", "4", CA, *CLIENT)
+            status, output, errors = self.client_of_two_addresses("127.0.0.2", "127.0.0.1", server.port, "4")
             self.assertEqual((status, output), (0, "42\n"), errors)
 
     def test_key_log_opens_the_handshake_to_wireshark(self):

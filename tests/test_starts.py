@@ -341,6 +341,14 @@ class Outputs(TestCase):
                              "client_try: cannot write to standard output: No space left on device")
             self.assertNotIn(b"Traceback", done.stderr)
 
+    def test_whoever_reads_the_replies_late_gets_them_all(self):
+        """The time for the run is up by then; what is read exceeds the buffer of a pipe."""
+        with Server() as server, Process(*client_command(server.port, "--timeout", "1", *["-n", "1" * 4000] * 40)) as process:
+            server.wait_for("answered 40, done$")
+            time.sleep(1.5)
+            self.assertEqual(process.process.stdout.read(), b"".join([b"1" * 3999 + b"2\n"] * 40))
+            self.assertEqual(process.end(), 0)
+
     def test_standard_output_closed(self):
         with Server() as server:
             command = '"$0" "$@" >&-'

@@ -192,6 +192,13 @@ class Leaving(TestCase):
                 self.assertLess(time.monotonic() - begun, 5)
 
 
+    def test_a_client_that_is_sent_away_and_stays_holds_its_place_no_longer_than_that(self):
+        with Server("--max-clients", "1", script=shortened("server_try", STOP_SECONDS=1)) as server, connection(server.port) as tls:
+            tls.sendall(b"x\n")
+            self.assertEqual(tls.recv(100), b"error: not an integer in decimal digits\n")
+            self.assertEqual(client(server.port)[:2], (0, "42\n"))
+
+
 class Garbage(TestCase):
     """Whatever comes, it costs one line in the log, and nothing for good."""
 
