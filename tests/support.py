@@ -33,6 +33,17 @@ CA = "auth/test-ca/test-ca.cert"
 SERVER = ("auth/server.crt", "auth/server.key")
 CLIENT = ("auth/client.crt", "auth/client.key")
 
+# Lines of the logs, whole; what differs from run to run is a pattern.
+LISTENING = r"listening on .*:(\d+)"
+PEER = r"127\.0\.0\.1:\d+: "  # how a line about a peer begins
+UNTIL = r"\(serial \w+, until \w+ [ \d]\d [\d:]{8} 20\d\d GMT\)"
+EXAMPLE = "CN=example.com, OU=%s, O=MegaCorp Inc, L=Hamilton, ST=Waikato, C=NZ"
+TRUSTING = f"trusting {EXAMPLE % 'Trust Me'}, emailAddress=postmaster@example.com {UNTIL}"
+ACCEPTED = PEER + rf"accepted %s {UNTIL}, TLSv1\.3, TLS_\w+"
+CONNECTED = rf"connected to %s: {EXAMPLE % 'Server'} {UNTIL}, TLSv1\.3, TLS_\w+"
+VERIFY = "turned away: certificate verify failed: "
+SECOND_CA = VERIFY + "(self.signed certificate in certificate chain|unable to get local issuer certificate|certificate signature failure)"
+
 
 def copy_project(folder):
     """Copy to a new folder what a clone has, and return its name."""
@@ -176,13 +187,13 @@ class Process:
         return "\n".join(self.lines)
 
     def wait_for(self, pattern, seconds=PATIENCE):
-        """Wait until a line matches; return the match."""
+        """Wait for a line that is the pattern from end to end; return the match."""
         deadline = time.monotonic() + seconds
         seen = 0
         with self.news:
             while True:
                 for line in self.lines[seen:]:
-                    match = re.search(pattern, line)
+                    match = re.fullmatch(pattern, line)
                     if match:
                         return match
                     seen += 1
@@ -214,7 +225,7 @@ class Server(Process):
     def __init__(self, *arguments, files=(CA, *SERVER), script="server_try", **options):
         super().__init__(*python(script), "--port", "0", *arguments, *files, **options)
         try:
-            self.port = int(self.wait_for(r"^listening on .*:(\d+)$").group(1))
+            self.port = int(self.wait_for(LISTENING).group(1))
         except AssertionError:
             self.__exit__()
             raise
@@ -227,6 +238,12 @@ class Server(Process):
 def python(script, *arguments):
     """Return the command that runs a script, the project's or a path, with the Python of the tests."""
     return [*PYTHON, os.path.join(ROOT, script), *arguments]
+
+
+def python_after(code, script, *arguments):
+    """Return the command that runs a script after some code that changes what it finds."""
+    start = f"import runpy, sys\nsys.argv = sys.argv[1:]\n{code}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    return [*PYTHON, "-c", start, os.path.join(ROOT, script), *arguments]
 
 
 def at_terminal_command(*arguments):
@@ -361,13 +378,16 @@ class TestCase(unittest.TestCase):
 
     maxDiff = None
 
-    def assertOneLine(self, text, *wanted):
-        """One line, which holds all that is wanted and no traceback."""
-        self.assertEqual(text.count("\n"), 1, text)
-        for part in wanted:
-            self.assertIn(part, text)
-        self.assertNotIn("Traceback", text)
-        self.assertNotRegex(text, r"_ssl\.c|Errno")
+    def assertLine(self, line, pattern):
+        """A line is the pattern from end to end."""
+        self.assertRegex(line, rf"\A(?:{pattern})\Z")
+
+    def assertRefused(self, result, pattern):
+        """A client_try printed nothing, ended with 1, and its last line is the pattern."""
+        status, output, errors = result
+        self.assertEqual((status, output), (1, ""), errors)
+        self.assertLine(errors.splitlines()[-1], f"client_try: {PEER}{pattern}")
+        self.assertNotRegex(errors, r"Traceback|_ssl\.c")
 
 
 class Home(TestCase):
@@ -385,12 +405,11 @@ class Home(TestCase):
     def make(self, *arguments, **options):
         return make(self.folder, *arguments, **options)
 
-    def start(self, *arguments, **options):
+    def start(self, *arguments, output=subprocess.DEVNULL):
         """Start make in a process group of its own, as a shell does."""
-        options.setdefault("stdout", subprocess.DEVNULL)
         return subprocess.Popen(make_command(*arguments), cwd=self.folder, env=plain_environment(), start_new_session=True,
-                                stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
+                                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
     def read_to(self, process, begin):
         """Read what a process prints, as far as a line that begins so."""

@@ -8,8 +8,8 @@ import subprocess
 import time
 import unittest
 
-from support import (CA, PATIENCE, Home, Server, client, make, make_command, plain_environment, template,
-                     temporary_folder)
+from support import (ACCEPTED, CA, EXAMPLE, PATIENCE, Home, Server, client, make, make_command, plain_environment,
+                     run, template, temporary_folder)
 
 CRL = "auth/test-ca/test-ca.crl"
 CA_KEY = "auth/test-ca/test-ca.key"
@@ -38,7 +38,7 @@ class Names(Home):
         with Server(folder=self.folder, files=(CA, DB1 + ".crt", DB1 + ".key")) as server:
             files = (CA, LAPTOP7 + ".crt", LAPTOP7 + ".key")
             self.assertEqual(client(server.port, "--server-name", "db1.internal", files=files, folder=self.folder)[:2], (0, "42\n"))
-            server.wait_for("accepted .*CN=laptop7")
+            server.wait_for(ACCEPTED % EXAMPLE.replace("example.com", "laptop7") % "Client")
 
     def test_names_that_are_none_get_a_sentence_each_and_leave_nothing(self):
         before = self.listing()
@@ -113,9 +113,10 @@ class Machines(Home):
     def test_the_same_names_again_are_no_error_and_others_are(self):
         self.make("server-cert", "NAME=db1.internal", "NAMES=10.0.0.7 fd00::7 db1")
         self.assertIn("has other names: revoke db1.internal before", self.make("server-cert", "NAME=db1.internal", "NAMES=db2", status=2))
-        long = ".".join(["a" * 60] * 3)
-        self.make("server-cert", "NAME=db3", "NAMES=" + long)
-        self.assertIn("DNS:" + long, self.openssl("x509", "-in", "auth/servers/db3.crt", "-noout", "-text"))
+        name, long = "a" * 63, ".".join(["a" * 63] * 3 + ["a" * 61])
+        self.make("server-cert", f"NAME={name}", f"NAMES={name}.b")
+        self.make("server-cert", "NAME=" + "a" * 62 + ".b", f"NAMES={long}")
+        self.assertIn("DNS:" + long, self.openssl("x509", "-in", "auth/servers/" + "a" * 62 + ".b.crt", "-noout", "-text"))
 
     def test_a_request_that_came_from_another_ca_can_be_given_up(self):
         shutil.rmtree(self.path("auth/test-ca"))
@@ -145,6 +146,29 @@ class Machines(Home):
         os.remove(self.path(DB1 + ".req"))
         self.assertNotIn("db1", self.make("renew"))
         self.assertEqual(self.read(DB1 + ".crt"), good)
+
+    def test_what_is_made_is_nobody_elses_to_write_and_certificates_and_lists_are_anyones_to_read(self):
+        shutil.rmtree(self.path("auth/clients"))
+        run("sh", "-c", 'umask 0; exec "$@"', "sh", *make_command("client-cert", "NAME=laptop8"), folder=self.folder)
+        run("sh", "-c", 'umask 77; exec "$@"', "sh", *make_command("renew"), folder=self.folder)
+        for name in (".", *self.listing()):
+            self.assertEqual(os.stat(self.path(name)).st_mode & 0o022, 0, name)
+            self.assertEqual(os.stat(os.path.dirname(self.path(name))).st_mode & 0o022, 0, name)
+        for name in CRL, DB1 + ".crt", "auth/clients/laptop8.crt":
+            self.assertEqual(os.stat(self.path(name)).st_mode & 0o777, 0o644)
+
+    def test_openssl_says_itself_what_only_it_knows(self):
+        os.remove(self.path(CA_KEY))
+        self.assertRegex(self.make("renew", status=2), f"{DB1}.crt NOT renewed: openssl ca: (?s:.*){CA_KEY}")
+
+    def test_a_list_that_would_forget_somebody_is_not_put_in_its_place(self):
+        """An openssl that makes the list as it was before."""
+        shutil.copy(self.path(CRL), self.path("before"))
+        openssl = self.false_openssl(f'case "$*" in *-gencrl*) cp before {CRL}.new; exit;; esac\nexec openssl "$@"\n')
+        said = self.make("revoke", "NAME=laptop7", openssl, status=2)
+        self.assertEqual(said.splitlines()[0], f"{CRL}: a new one would not list all that is revoked; the old one is kept")
+        self.make("crl")
+        self.assertEqual(self.revoked(), ["1112"])
 
     def test_renewal_without_a_ca_is_refused(self):
         shutil.rmtree(self.path("auth/test-ca"))
@@ -176,11 +200,17 @@ class Machines(Home):
             return {name: os.stat(self.path(name)).st_mtime_ns for name in self.listing()}
         before = state()
         for arguments in ["renew"], ["crl"], ["client-cert", "NAME=laptop8"], ["check"]:
-            done = subprocess.run(["faketime", "-f", "-30d", *make_command(*arguments)], cwd=self.folder, env=plain_environment(),
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            done = self.at_another_time("-30d", *arguments)
             self.assertEqual(done.returncode, 2)
-            self.assertRegex(done.stdout.decode(), f"the clock is wrong, so nothing is done: {CA} begins later than now\n")
+            self.assertEqual(done.stdout.decode().splitlines()[0], f"the clock is wrong, so nothing is done: {CA} begins later than now")
             self.assertEqual(state(), before)
+        self.at_another_time("+30d", "client-cert", "NAME=laptop8")
+        self.assertEqual(self.make("renew", status=2).splitlines()[0],
+                         "the clock is wrong, so nothing is done: auth/clients/laptop8.crt begins later than now")
+
+    def at_another_time(self, shift, *arguments):
+        return subprocess.run(["faketime", "-f", shift, *make_command(*arguments)], cwd=self.folder, env=plain_environment(),
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def test_certificates_and_lists_begin_an_hour_early(self):
         for command in ["x509", "-in", DB1 + ".crt", "-startdate"], ["crl", "-in", CRL, "-lastupdate"]:
@@ -213,9 +243,10 @@ class Machines(Home):
             self.assertEqual(self.make("revoke", "NAME=laptop7"),
                              f"{CRL} valid 30 days: copy it to its users; servers need SIGHUP\nrevoked {serials}\n")
             self.assertEqual([row[5].rpartition("=")[2] for row in self.index() if row[0] == "R"], ["laptop7"] * 4)
+            self.change("auth/test-ca/index.txt", lambda data: re.sub(rb"(?m)^(R.*\t)\d+Z\t", rb"\g<1>200101000000Z\t", data))
         text = self.openssl("crl", "-in", CRL, "-noout", "-text")
         self.assertIn("Version 2", text)
-        self.assertEqual(text.count("Revocation Date"), 4)
+        self.assertEqual(text.count("Revocation Date: Jan  1 00:00:00 2020 GMT"), 4)  # when it was first revoked
         self.assertNotIn("laptop7.crt", self.make("renew"))
         self.make("client-cert", "NAME=laptop7")  # with a new key
         self.assertEqual(len([row for row in self.index() if row[0] == "V" and row[5].endswith("/CN=laptop7")]), 1)
@@ -245,6 +276,10 @@ class Machines(Home):
                          [f"{CA} CA until valid", "db1.internal server 1114 until valid", "db2 server 1115 until expires soon",
                           "example.com client 1116 until valid", "example.com server 1117 until valid",
                           "laptop7 client 1113 revoked", f"{CRL} CRL 04 until expires soon"])
+
+    def test_a_name_that_cannot_be_printed_is_escaped(self):
+        self.change("auth/test-ca/index.txt", lambda data: data.replace(b"CN=laptop7", b"CN=laptop\xff"))
+        self.assertIn("laptop\\udcff client 1112 until", self.make("list"))
 
     def test_a_list_of_a_thousand_certificates_needs_few_calls_of_openssl(self):
         row = self.index()[0]
@@ -318,6 +353,13 @@ class Judged(Home):
             for name in names:
                 with open(self.path(name), "w", encoding="utf-8") as file:
                     file.write(good[name])
+        self.change("auth/test-ca/index.txt", lambda data: data + b"V\t380101000000Z\t\t20FF\tunknown\t/OU=Sales/CN=ann\n" +
+                    b"V\t200101000000Z\t\t20FE\tunknown\t/OU=Server/CN=db0.internal\n")  # made by hand; expired long ago
+        self.make("list")  # which repairs what has changed
+        self.assertEqual(check(status=0), well)
+        self.make("revoke", "NAME=laptop7")
+        well.remove(LAPTOP7 + ".crt until valid")
+        self.assertEqual(check(status=0), well)
         self.make("renew", "DAYS=20", "CRL_DAYS=20")
         self.assertEqual(check(), [line.replace("valid", "expires soon") if line != well[0] else line for line in well])
 

@@ -93,7 +93,8 @@ class Records(Home):
         shutil.rmtree(self.path("auth"))
         shutil.copytree(os.path.join(template(), "auth"), self.path("auth"))
         self.make("client-cert", "NAME=a b", status=2)  # which has made a CA, and no certificate
-        for goal in "crl", "check", "list", "clean":
+        os.remove(self.path("auth/test-ca/index.txt"))
+        for goal in "crl", "check", "list", "certs", "clean":
             self.make(goal)
 
     def test_a_list_that_cannot_be_read_or_is_anothers_stops_it(self):
@@ -123,10 +124,13 @@ class Records(Home):
         self.make("renew")
         self.assertEqual([row[3] for row in self.index()], ["1111", "1112", "1113", "1114"])
 
-    def test_a_date_that_is_none_is_put_right(self):
-        self.change("auth/test-ca/index.txt", lambda data: re.sub(rb"(?m)^V\t\d+", b"V\t991399", data))
+    def test_a_date_or_a_serial_that_is_none_is_put_right(self):
+        self.change("auth/test-ca/index.txt", lambda data: re.sub(rb"(?m)^V\t\d+", b"V\t991399", data) +
+                    re.sub(rb"(?m)^(V.*\t)\w+(\tunknown)", rb"\1xyz\2", data))
         os.remove(self.path("auth/test-ca/index.txt.old"))
-        self.assertIn("repaired auth/test-ca/index.txt, from the certificates and the CRL issued so far\n", self.make("list"))
+        self.assertEqual(self.make("revoke", "NAME=nobody", status=2).splitlines()[:2],
+                         ["repaired auth/test-ca/index.txt, from the certificates and the CRL issued so far",
+                          "nobody: this CA has issued no such certificate; see auth/test-ca/index.txt"])
         self.make("renew")
         self.check_all_is_well()
 
@@ -229,7 +233,7 @@ class Together(Home):
     def test_what_ctrl_c_cuts_short_the_next_run_puts_right(self):
         """In the middle of `openssl ca`, which renames its records one by one."""
         openssl = self.false_openssl('if test "$1" = ca; then rm auth/test-ca/index.txt; kill -INT 0; fi\nopenssl "$@"\n')
-        with self.start("renew", openssl, stdout=subprocess.PIPE) as process:
+        with self.start("renew", openssl, output=subprocess.PIPE) as process:
             self.assertNotIn(b"Traceback", process.communicate(timeout=PATIENCE)[0])
         wait_until(lambda: self.gone(process.pid))
         self.verify(LAPTOP7)

@@ -13,8 +13,9 @@ import socket
 import subprocess
 import unittest
 
-from support import (CA, CLIENT, FAST, PATIENCE, PYTHON, ROOT, Process, Project, Server, TestCase, client_command,
-                     copy_project, make, path_with, plain_environment, readme, run, temporary_folder)
+from support import (CA, CLIENT, FAST, LISTENING, PATIENCE, PEER, PYTHON, ROOT, TRUSTING, Process, Project, Server,
+                     TestCase, client_command, copy_project, make, path_with, plain_environment, readme, run,
+                     temporary_folder)
 
 ASIDE = [(r"\(serial [\w…]+, until \w+ [ \d]\d [\d:]+ \d+ GMT\)", "(serial N)"), (r"127\.0\.0\.1:\d+", "HOST:PORT"),
          (r"(?m)^revoked \w+", "revoked N"), (r"\b(?!2 |8 )\d+ bytes$", "N bytes"),
@@ -120,9 +121,9 @@ class Lesson(TestCase):
         self.env["SERVER"] = str(self.server.process.pid)
         if lines[1:] != ["…"]:
             return self.server_says(number + 1, lines[1:])
-        self.server.wait_for("^trusting ")
+        self.server.wait_for(TRUSTING)
         if len(lines[0].split()) < 4:
-            self.server.wait_for("^no certificate: every handshake will fail$")
+            self.server.wait_for("no certificate: every handshake will fail")
         self.seen = len(self.server.lines)
 
     def server_says(self, number, shown):
@@ -236,7 +237,7 @@ class MakeItYours(TestCase):
             for name, output, says in ("laptop7", "42\n", "answered 1, done"), ("laptop9", "", "turned away: not on the list"):
                 files = CA, f"auth/clients/{name}.crt", f"auth/clients/{name}.key"
                 self.assertEqual(run(*client_command(server.port, files=files))[1], output)
-                server.wait_for(says)
+                server.wait_for(PEER + says)
             self.assertIn("your certificate is good, but not on my list", run(*client_command(server.port))[2])
 
     def test_client_as_a_function(self):
@@ -310,14 +311,14 @@ class Operator(TestCase):
         self.assertEqual(status, 0, said)
         with Process("sh", "-c", f"exec python3 {start}", folder=machine + unit["WorkingDirectory"],
                      env=dict(self.env, CREDENTIALS_DIRECTORY=credentials)) as server:
-            port = int(server.wait_for(r"^listening on .*:(\d+)$")[1])
+            port = int(server.wait_for(LISTENING)[1])
             with open(os.path.join(self.world, "pid"), "w") as file:
                 file.write(str(server.process.pid))
             self.assertEqual(self.client(port)[:2], (0, "42\n"))
             before = re.search(r"CN=db1.internal, OU=Server, O=Example Ltd \(serial (\w+)", self.client(port)[2])[1]
             for line in cron:
                 self.assertEqual(self.shell(line), "")  # or cron would send mail
-            server.wait_for("^reloaded")
+            server.wait_for("reloaded")
             status, output, errors = self.client(port)
             self.assertEqual((status, output), (0, "42\n"), errors)
             self.assertNotIn(f"serial {before},", errors)
@@ -331,13 +332,13 @@ class Operator(TestCase):
             self.shell("make revoke NAME=laptop7")
             server.lines.clear()
             self.shell(cron[1])
-            server.wait_for("^reloaded")
+            server.wait_for("reloaded")
             self.assertIn("turned us away: certificate revoked", self.client(port)[2])
             server.lines.clear()
             command, _, arguments = unit["ExecReload"].partition("/bin/")[2].partition(" ")
             self.assertEqual(command, "kill")  # which a shell has, where /bin does not
             self.shell(f"kill {arguments}".replace("$MAINPID", str(server.process.pid)))
-            server.wait_for("^reloaded")
+            server.wait_for("reloaded")
 
     def test_cron_mails_what_goes_wrong(self):
         make(self.home, "server-cert", "NAME=db1.internal", "CA_DAYS=20")

@@ -13,14 +13,19 @@ import sys
 import time
 import unittest
 
-from support import (CA, CLIENT, PATIENCE, PYTHON, ROOT, SERVER, Process, Project, Server, TestCase,
-                     at_terminal_command, client, client_command, path_with, python, run)
+from support import (CA, CLIENT, CONNECTED, LISTENING, PATIENCE, PEER, ROOT, SERVER, TRUSTING, VERIFY, Process,
+                     Project, Server, TestCase, at_terminal_command, client, client_command, path_with, python,
+                     python_after, run)
+
+
+NO_CA = "; wanted: CA certificates in PEM form"
+NO_PAIR = "; wanted: PEM certificate, PEM key, passphrase if any"
+UNREADABLE = "[a-z0-9 ]+"  # in the words of some version of OpenSSL
+ENCRYPTED = "auth/server.crt and encrypted.key: ([a-z ]+|Invalid argument)" + NO_PAIR
 
 
 class BadFiles(TestCase):
     """Every file, at each end."""
-
-    PAIR = "unreadable; wanted: PEM certificate, PEM key, passphrase if any"
 
     def setUp(self):
         self.folder = Project.get()
@@ -30,12 +35,12 @@ class BadFiles(TestCase):
             file.write(content)
         return name
 
-    def refused(self, files, *wanted):
+    def refused(self, files, says):
         for script in "server_try", "client_try":
             with self.subTest(script, files=files):
                 status, output, errors = run(*python(script, "--port", "1", *files))
                 self.assertEqual((status, output), (1, ""), errors)
-                self.assertOneLine(errors, script + ": ", *wanted)
+                self.assertLine(errors, f"{script}: {says}\n")
 
     def test_no_good_at_all(self):
         cut = open(os.path.join(self.folder, CA), "rb")
@@ -44,30 +49,31 @@ class BadFiles(TestCase):
         link = os.path.join(self.folder, "loop")
         if not os.path.islink(link):
             os.symlink("loop", link)
-        for name, reason in [("missing", "No such file"), ("auth", "Is a directory"), ("loop", "Too many levels"),
-                             (self.write("empty"), ""), (self.write("junk", os.urandom(999)), ""),
-                             (self.write("half", half), "")]:
-            self.refused((name, *SERVER), f": {name}: ", reason)
-            self.refused((CA, name, SERVER[1]), f": {name} and {SERVER[1]}: ", reason or self.PAIR)
-            self.refused((CA, SERVER[0], name), f": {SERVER[0]} and {name}: ", reason or self.PAIR)
+        for name, reason in [("missing", "No such file or directory"), ("auth", "Is a directory"),
+                             ("loop", "Too many levels of symbolic links|Symbolic link loop"),
+                             (self.write("empty"), UNREADABLE), (self.write("junk", os.urandom(999)), UNREADABLE),
+                             (self.write("half", half), UNREADABLE)]:
+            self.refused((name, *SERVER), f"{name}: ({reason}){NO_CA}")
+            self.refused((CA, name, SERVER[1]), f"{name} and {SERVER[1]}: ({reason}){NO_PAIR}")
+            self.refused((CA, SERVER[0], name), f"{SERVER[0]} and {name}: ({reason}){NO_PAIR}")
 
     @unittest.skipIf(os.geteuid() == 0, "root may read anything")
     def test_unreadable(self):
         os.chmod(os.path.join(self.folder, self.write("secret")), 0)
-        self.refused(("secret", *SERVER), ": secret: Permission denied")
-        self.refused((CA, "secret", SERVER[1]), ": secret and auth/server.key: Permission denied")
+        self.refused(("secret", *SERVER), "secret: Permission denied" + NO_CA)
+        self.refused((CA, "secret", SERVER[1]), "secret and auth/server.key: Permission denied" + NO_PAIR)
 
     def test_wrong_way_round(self):
-        self.refused((CA, SERVER[1], SERVER[0]), f": {SERVER[1]} and {SERVER[0]}: {self.PAIR}")
-        self.refused((SERVER[0], CA, SERVER[1]), SERVER[0] + ": not a CA certificate, or not only that")
-        self.refused((SERVER[1], SERVER[0], CA), SERVER[1] + ": ")
+        self.refused((CA, SERVER[1], SERVER[0]), f"{SERVER[1]} and {SERVER[0]}: {UNREADABLE}{NO_PAIR}")
+        self.refused((SERVER[0], CA, SERVER[1]), f"{SERVER[0]}: not a CA certificate, or not only that{NO_CA}")
+        self.refused((SERVER[1], SERVER[0], CA), f"{SERVER[1]}: {UNREADABLE}{NO_CA}")
 
     def test_key_of_another_certificate(self):
-        self.refused((CA, SERVER[0], CLIENT[1]), f": {SERVER[0]} and {CLIENT[1]}: key values mismatch")
+        self.refused((CA, SERVER[0], CLIENT[1]), f"{SERVER[0]} and {CLIENT[1]}: key values mismatch{NO_PAIR}")
 
     def test_der_where_pem_is_wanted(self):
         self.assertEqual(run("openssl", "x509", "-in", CA, "-outform", "DER", "-out", "der")[0], 0)
-        self.refused(("der", *SERVER), ": der: ", "; wanted: CA certificates in PEM form")
+        self.refused(("der", *SERVER), f"der: {UNREADABLE}{NO_CA}")
 
     def test_a_crl_is_no_ca(self):
         with open(os.path.join(self.folder, "auth/test-ca/crlnumber"), "w") as file:
@@ -75,8 +81,8 @@ class BadFiles(TestCase):
         status, _, errors = run("openssl", "ca", "-config", "auth/test-ca.conf", "-cert", CA, "-keyfile", CA[:-4] + "key",
                                 "-gencrl", "-out", "a.crl")
         self.assertEqual(status, 0, errors)
-        self.refused(("a.crl", *SERVER), ": a.crl: not a CA certificate, or not only that")
-        self.refused(("--crl", CA, CA, *SERVER), f": {CA}: not a CRL, or not only that")
+        self.refused(("a.crl", *SERVER), "a.crl: not a CA certificate, or not only that" + NO_CA)
+        self.refused(("--crl", CA, CA, *SERVER), rf"{CA}: not a CRL, or not only that; wanted: a list of revoked certificates \(CRL\) in PEM form")
 
     def test_a_ca_certificate_that_python_cannot_decode(self):
         self.write("long.cnf", b"oid_section = oids\n[oids]\nlong = 1.2." + b".".join([b"4294967295"] * 400) +
@@ -84,7 +90,7 @@ class BadFiles(TestCase):
         status, _, errors = run("openssl", "req", "-x509", "-new", "-config", "long.cnf", "-extensions", "ca", "-key", SERVER[1],
                                 "-subj", "/long=x/CN=example.com", "-out", "long.crt")
         self.assertEqual(status, 0, errors)
-        self.refused(("long.crt", *SERVER), ": long.crt: unreadable; wanted: CA certificates in PEM form")
+        self.refused(("long.crt", *SERVER), "long.crt: unreadable" + NO_CA)
 
     def test_an_openssl_configuration_that_leaves_nothing(self):
         """Properties that no provider has, as where FIPS is asked for and is not installed."""
@@ -95,7 +101,7 @@ class BadFiles(TestCase):
             status, _, errors = run(*python(script), "--port", "1", CA, *SERVER,
                                     env={**os.environ, "OPENSSL_CONF": "fips.cnf"})
             self.assertEqual(status, 1)
-            self.assertOneLine(errors, f"{script}: fips.cnf: ", "; wanted: a set-up of OpenSSL with TLS 1.3")
+            self.assertLine(errors, f"{script}: fips.cnf: {UNREADABLE}; wanted: a set-up of OpenSSL with TLS 1.3\n")
 
     def test_an_openssl_configuration_that_knows_no_tls_1_3(self):
         self.write("old.cnf", b"openssl_conf = i\n[i]\nssl_conf = s\n[s]\nsystem_default = d\n[d]\nMaxProtocol = TLSv1.2\n")
@@ -113,7 +119,7 @@ class BadFiles(TestCase):
         for script in "server_try", "client_try":
             status, _, errors = run(*python(script, "--port", "1", *files), start_new_session=True)
             self.assertEqual(status, 1)
-            self.assertRegex(errors.splitlines()[-1], f"^{script}: auth/server.crt and encrypted.key: .*passphrase if any$")
+            self.assertLine(errors.splitlines()[-1], f"{script}: {ENCRYPTED}")
             self.assertNotIn("Traceback", errors)
 
     def at_a_terminal(self, answer):
@@ -138,8 +144,8 @@ class BadFiles(TestCase):
 
     def test_passphrase_is_asked_for_at_the_terminal_at_the_start_and_at_a_reload(self):
         server, terminal = self.at_a_terminal(b"secret\n")
-        self.assertRegex(server.stderr.readline(), b"^listening on ")
-        self.assertRegex(server.stderr.readline(), b"^trusting ")
+        self.assertLine(server.stderr.readline().decode(), LISTENING + "\n")
+        self.assertLine(server.stderr.readline().decode(), TRUSTING + "\n")
         server.send_signal(signal.SIGHUP)
         self.answer(terminal, b"secret\n")
         self.assertEqual(server.stderr.readline(), b"reloaded\n")
@@ -156,16 +162,16 @@ class BadFiles(TestCase):
                     server.wait(0.2)
             self.assertIn(server.wait(0), (0, 1) if answer == b"\x03" else (1,))
             if server.returncode:
-                self.assertRegex(server.stderr.read(), b"server_try: auth/server.crt and encrypted.key: .*passphrase if any\n$")
+                self.assertLine(server.stderr.read().decode().splitlines()[-1], f"server_try: {ENCRYPTED}")
 
     def test_file_through_a_pipe(self):
         if not os.path.isdir("/dev/fd"):
             self.skipTest("no /dev/fd here")
         command = 'cat "$1" | "$0" "$2" --port 1 /dev/fd/0 auth/client.crt auth/client.key'
-        for ca, says in (CA, "Connection refused"), (CLIENT[1], "client_try: /dev/fd/0: "):
+        for ca, says in (CA, "127.0.0.1:1: Connection refused"), (CLIENT[1], f"/dev/fd/0: {UNREADABLE}{NO_CA}"):
             status, _, errors = run("sh", "-c", command, sys.executable, ca, os.path.join(ROOT, "client_try"))
             self.assertEqual(status, 1)
-            self.assertOneLine(errors, says)
+            self.assertLine(errors, f"client_try: {says}\n")
 
     def test_key_log_that_cannot_be_written(self):
         status, _, errors = client(1, env={**os.environ, "SSLKEYLOGFILE": "no/such/folder"})
@@ -179,11 +185,10 @@ class Check(TestCase):
             command = python("server_try", "--check", "--port", str(server.port))
             status, output, errors = run(*command, CA, *SERVER)
             self.assertEqual((status, output), (0, ""), errors)
-            self.assertRegex(errors, r"\Athe files are good\ntrusting CN=example.com, OU=Trust Me, .*\n\Z")
-            self.assertEqual(errors.splitlines()[1], server.lines[1])
+            self.assertEqual(errors, f"the files are good\n{server.wait_for(TRUSTING).string}\n")
             status, output, errors = run(*command, CA, SERVER[0], CLIENT[1])
             self.assertEqual((status, output), (1, ""))
-            self.assertOneLine(errors, "server_try: auth/server.crt and auth/client.key: key values mismatch")
+            self.assertEqual(errors, f"server_try: auth/server.crt and auth/client.key: key values mismatch{NO_PAIR}\n")
 
 
 class BadAddresses(TestCase):
@@ -194,42 +199,40 @@ class BadAddresses(TestCase):
 
     def test_port_taken(self):
         with Server() as server:
-            self.assertOneLine(self.server("--port", str(server.port)),
-                               "server_try: cannot listen at 127.0.0.1: Address already in use (while attempting to bind on address "
-                               f"('127.0.0.1', {server.port})); wanted: a free port at an address of this machine")
+            self.assertEqual(self.server("--port", str(server.port)),
+                             "server_try: cannot listen at 127.0.0.1: Address already in use (while attempting to bind on address "
+                             f"('127.0.0.1', {server.port})); wanted: a free port at an address of this machine\n")
 
     def test_hosts_that_are_none(self):
         for host in "no.such.host.invalid", "a" * 70 + ".example", "192.0.2.1", "::zz":
             with self.subTest(host):
-                self.assertOneLine(self.server("--host", host, "--port", "0"), f"server_try: cannot listen at {host}: ")
+                self.assertLine(self.server("--host", host, "--port", "0"),
+                                f"server_try: cannot listen at {host}: .+; wanted: a free port at an address of this machine\n")
         for host in "no.such.host.invalid", "a" * 70 + ".example", "::zz":
             with self.subTest(host):
                 status, output, errors = client(6420, "--host", host)
                 self.assertEqual((status, output), (1, ""))
-                self.assertOneLine(errors, "client_try: ", host)
+                self.assertLine(errors, rf"client_try: \[?{host}]?:6420: .+\n")
 
     def test_server_names_that_are_none(self):
         with Server() as server:
-            for name in "", ".example.com", "a" * 70 + ".com":
+            for name in ".example.com", "a" * 70 + ".com":
                 with self.subTest(name):
-                    status, output, errors = client(server.port, "--server-name", name)
-                    self.assertIn(status, (1, 2))
-                    self.assertEqual(output, "")
-                    self.assertOneLine(errors[errors.index("client_try: "):], "that is not empty" if not name else "")
+                    self.assertRefused(client(server.port, "--server-name", name), ".+")
 
     def test_nobody_listens(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         status, output, errors = client(port)
         self.assertEqual((status, output), (1, ""))
-        self.assertOneLine(errors, f"client_try: 127.0.0.1:{port}: Connection refused")
+        self.assertEqual(errors, f"client_try: 127.0.0.1:{port}: Connection refused\n")
 
     def test_somebody_listens_who_says_nothing(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             begun = time.monotonic()
             status, output, errors = client(listener.getsockname()[1], "--timeout", "1")
             self.assertEqual((status, output), (1, ""))
-            self.assertOneLine(errors, "no answer within 1 s")
+            self.assertLine(errors, f"client_try: {PEER}no answer within 1 s\n")
             self.assertGreater(time.monotonic() - begun, 1)
             self.assertLess(time.monotonic() - begun, PATIENCE / 2)
 
@@ -240,7 +243,7 @@ class BadAddresses(TestCase):
                 with other:
                     other.sendall(b"220 mail.example.com ESMTP\r\n")
                     self.assertEqual(process.end(), 1)
-                    self.assertIn("wrong version number", process.log())
+                    self.assertLine(process.log(), f"client_try: {PEER}turned away: (wrong version number)\n")
 
 
 class Names(TestCase):
@@ -271,16 +274,20 @@ class Names(TestCase):
         status, output, errors = run("unshare", "--net", "sh", "-c", steps, sys.executable, *scripts, CA, *SERVER)
         if status in (1, 77):
             self.skipTest("no network namespace can be made here: " + errors)
-        self.assertRegex(errors, r"listening on \[fe80::[\da-f:]+\]:6420\n")
-        self.assertRegex(errors, r"connected to \[fe80::[\da-f:]+%zone\]:6420: CN=example.com, OU=Server")
-        self.assertRegex(errors, r"IP address mismatch, certificate is not valid for 'fe80::[\da-f:]+'\.\n")
+        self.assertRegex(errors, r"(?m)^listening on \[fe80::[\da-f:]+\]:6420$")
+        self.assertRegex(errors, f"(?m)^{CONNECTED}$" % r"\[fe80::[\da-f:]+%zone]:6420")
+        self.assertRegex(errors, rf"(?m)^client_try: \[fe80::[\da-f:]+%zone]:6420: {VERIFY}IP address mismatch, "
+                         r"certificate is not valid for 'fe80::[\da-f:]+'\.$")
 
 
 class Usage(TestCase):
     def test_is_told_with_status_2(self):
-        for arguments in [], ["a", "b"], ["a", "b", "c", "d"], ["--port", "x", "a"], ["--what", "a"], ["--host", "", "a"]:
+        for arguments in [], ["a", "b"], ["a", "b", "c", "d"], ["--port", "x", "a"], ["--what", "a"]:
             for script in "server_try", "client_try":
                 self.check(script, arguments)
+        for option in "--host", "--crl", "--server-name":
+            for script in ("client_try",) if option == "--server-name" else ("server_try", "client_try"):
+                self.assertIn("that is not empty\n", self.check(script, [option, "", "a"]))
         for option, values in [("--port", ("65536", "-1")), ("--timeout", ("nan", "-1", "0", "inf")), ("--max-clients", ("0", "-5"))]:
             for value in values:
                 for script in ("server_try",) if option == "--max-clients" else ("server_try", "client_try"):
@@ -302,10 +309,9 @@ class Usage(TestCase):
         """This one as if it were old, or its ssl module were without TLS 1.3."""
         for script in "server_try", "client_try":
             for lack in "sys.version_info = (3, 7, 17)", "ssl.HAS_TLSv1_3 = False; ssl.OPENSSL_VERSION = 'LibreSSL 2.8.3'":
-                status, _, errors = run(*PYTHON, "-c", f"import runpy, ssl, sys; {lack};"
-                                        f"runpy.run_path({os.path.join(ROOT, script)!r}, run_name='__main__')")
+                status, _, errors = run(*python_after(f"import ssl; {lack}", script))
                 self.assertEqual(status, 1)
-                self.assertOneLine(errors, "needs Python 3.8 with TLS 1.3; this is 3.", "SSL ")
+                self.assertLine(errors, r"needs Python 3\.8 with TLS 1\.3; this is 3\..+SSL .+\n")
 
     def check(self, script, arguments):
         with self.subTest(script, arguments=arguments):
@@ -344,7 +350,7 @@ class Outputs(TestCase):
     def test_whoever_reads_the_replies_late_gets_them_all(self):
         """The time for the run is up by then; what is read exceeds the buffer of a pipe."""
         with Server() as server, Process(*client_command(server.port, "--timeout", "1", *["-n", "1" * 4000] * 40)) as process:
-            server.wait_for("answered 40, done$")
+            server.wait_for(PEER + "answered 40, done")
             time.sleep(1.5)
             self.assertEqual(process.process.stdout.read(), b"".join([b"1" * 3999 + b"2\n"] * 40))
             self.assertEqual(process.end(), 0)
@@ -358,7 +364,7 @@ class Outputs(TestCase):
     def test_python_has_nothing_to_warn_of(self):
         strict = [sys.executable, "-X", "dev", "-W", "error"]
         with Process(*strict, os.path.join(ROOT, "server_try"), "--port", "0", CA, *SERVER) as server:
-            port = server.wait_for(r"^listening on .*:(\d+)$").group(1)
+            port = server.wait_for(LISTENING)[1]
             for files, lines in ((CA, *CLIENT), 2), ((CA,), 3), (("auth/alt-ca/alt-ca.cert", *CLIENT), 1):
                 command = client_command(port, files=files)[1:]
                 status, _, errors = run(*strict, *command)
