@@ -62,7 +62,7 @@ class Clone(Home):
 
     def test_what_is_interrupted_leaves_no_certificate(self):
         before = self.listing()
-        with self.start("certs", "NEWKEY=rsa:16384", stdout=subprocess.PIPE) as process:
+        with self.start("certs", "NEWKEY=rsa:16384", output=subprocess.PIPE) as process:
             self.read_to(process, b"openssl req")
             while process.poll() is None:  # make blocks the signal for the instant in which it starts a command
                 with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
@@ -120,7 +120,7 @@ class Certs(Home):
 
     def test_demo_interrupted_at_any_line_leaves_no_server(self):
         for number, line in enumerate([b"", b"server: listening", b"1. ", b"client: ", b"2. ", b"3. "]):
-            with self.start("demo", "PORT=0", stdout=subprocess.PIPE) as process:
+            with self.start("demo", "PORT=0", output=subprocess.PIPE) as process:
                 self.read_to(process, line)
                 (os.killpg if number % 2 else os.kill)(process.pid, signal.SIGTERM)
             wait_until(lambda: self.gone(process.pid))
