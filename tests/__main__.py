@@ -9,7 +9,7 @@ import time
 
 from support import ALL, MADE, template
 
-LONGEST = ("test_ca_home", "test_ca_records", "test_operation", "test_starts")  # which begin first
+LONGEST = ("test_ca_home", "test_ca_records", "test_operation", "test_pair", "test_starts", "test_strangers")  # which begin first
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 

@@ -202,6 +202,14 @@ class Process:
                     raise AssertionError(f"no line like {pattern!r} in:\n{self.log()}")
                 self.news.wait(left)
 
+    @contextlib.contextmanager
+    def halted(self):
+        """The process stands still meanwhile: it finds what has been done when all of it has been."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)  # which returns when it has stopped
+        yield
+        self.process.send_signal(signal.SIGCONT)
+
     def end(self, seconds=PATIENCE):
         """Wait for the end of the process; return its exit status."""
         status = self.process.wait(seconds)
@@ -323,6 +331,28 @@ def receive_all(tls):
         if not part:
             return b"".join(parts)
         parts.append(part)
+
+
+@contextlib.contextmanager
+def unread(command):
+    """Start a server whose log is a pipe; give the process, its port, and both ends of that pipe, which nobody else reads."""
+    reader, writer = os.pipe()
+    with subprocess.Popen(command, cwd=Project.get(), stderr=writer) as process:
+        try:
+            yield process, int(os.read(reader, 1000).splitlines()[0].rpartition(b":")[2]), reader, writer
+        finally:
+            process.kill()
+            os.close(reader)
+            os.close(writer)
+
+
+def fill(writer):
+    """Write into a pipe until no more goes in."""
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 100)
+    os.set_blocking(writer, True)
 
 
 class Relay:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import socket
 import struct
 import threading
@@ -106,11 +105,10 @@ class Handshakes(TestCase):
     def test_reset_before_the_server_looks(self):
         with Server() as server:
             for data in b"", b"x" * 1000:
-                server.process.send_signal(signal.SIGSTOP)
-                stranger = socket.create_connection(("127.0.0.1", server.port))
-                stranger.sendall(data)
-                reset(stranger)
-                server.process.send_signal(signal.SIGCONT)
+                with server.halted():
+                    stranger = socket.create_connection(("127.0.0.1", server.port))
+                    stranger.sendall(data)
+                    reset(stranger)
                 server.wait_for(PEER + "hung up in the handshake")
                 server.lines.clear()
             self.assertEqual(client(server.port)[1], "42\n")

@@ -1,16 +1,16 @@
 """Other people's TLS: each program as client and as server, let in and turned away."""
 
 import contextlib
+import glob
 import os
 import re
 import shutil
 import socket
 import subprocess
-import time
 import unittest
 
 from support import (ACCEPTED, CA, CLIENT, CONNECTED, EXAMPLE, PATIENCE, PEER, SECOND_CA, SERVER, VERIFY, Process,
-                     Project, Server, TestCase, client, connection, readme)
+                     Project, Server, TestCase, client, connection, readme, wait_until)
 
 ALT_CLIENT = ("auth/alt-client.crt", CLIENT[1])
 NODE_CLIENT = """
@@ -36,21 +36,18 @@ def free_port():
 
 
 def listens(process, port):
-    """Wait until a process listens on a port, without connecting to it; fail where it ends instead."""
-    wanted = f"{port:04X}"
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and process.process.poll() is None:
-        if os.path.exists("/proc/net/tcp"):
-            for table in "/proc/net/tcp", "/proc/net/tcp6":
-                with contextlib.suppress(OSError), open(table) as file:
-                    if re.search(rf":{wanted} \S+ 0A ", file.read()):
-                        return
-        else:
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port)).close()
-                return
-        time.sleep(0.02)
-    raise AssertionError(f"nothing listens on {port}: {process.log()}")
+    """Tell whether anybody listens on a port, without connecting to it where that can be seen; fail if the process has ended."""
+    if process.process.poll() is not None:
+        raise AssertionError(process.log())
+    if not os.path.exists("/proc/net/tcp"):
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            return True
+    for table in glob.glob("/proc/net/tcp*"):
+        with open(table) as file:
+            if re.search(rf":{port:04X} \S+ 0A ", file.read()):
+                return True
+    return False
 
 
 class TheirClients(TestCase):
@@ -129,7 +126,7 @@ class TheirServers(TestCase):
             self.skipTest(f"{program} is not installed")
         port = free_port()
         with Process(*command(port)) as server:
-            listens(server, port)
+            wait_until(lambda: listens(server, port))
             status, output, errors = client(port)
             self.assertEqual((status, output), (0, reply), errors + server.log())
             self.assertLine(errors, CONNECTED % rf"127\.0\.0\.1:{port}" + "\nsent 41\n")
@@ -173,7 +170,7 @@ class LoadBalancer(TestCase):
             with open(path, "w") as file:
                 file.write(config)
             with Process(haproxy, "-f", path, "-db") as balancer:
-                listens(balancer, port)
+                wait_until(lambda: listens(balancer, port))
                 for _ in range(6):
                     self.ask(port)
                 for server in one, two:

@@ -112,7 +112,7 @@ class BadServers(TestCase):
         context = tls_server()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-            with Process(*client_command(port, "--timeout", "1", *arguments)) as process:
+            with Process(*client_command(port, "--timeout", str(PATIENCE), *arguments)) as process:
                 raw, _ = listener.accept()
                 with context.wrap_socket(raw, server_side=True) as tls, contextlib.suppress(OSError):
                     tls.recv(100)
@@ -156,7 +156,7 @@ class BadServers(TestCase):
                 time.sleep(0.1)
         for behave in drip, lambda tls: tls.recv(100):
             begun = time.monotonic()
-            self.assertEqual(self.against(behave), (1, b"", "no answer within 1 s"))
+            self.assertEqual(self.against(behave, "--timeout", "1"), (1, b"", "no answer within 1 s"))
             self.assertGreater(time.monotonic() - begun, 0.9)
 
     def test_reply_that_comes_in_pieces_is_put_together(self):

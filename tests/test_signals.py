@@ -10,7 +10,8 @@ import subprocess
 import time
 
 from support import (CA, LISTENING, PATIENCE, SERVER, TRUSTING, Process, Project, TestCase, at_terminal_command,
-                     client, client_command, connection, python, python_after, run, shortened, temporary_folder)
+                     client, client_command, connection, fill, python, python_after, run, shortened, temporary_folder,
+                     unread, wait_until)
 
 # A limit on threads, as under systemd's TasksMax=.
 FEW_THREADS = """
@@ -25,35 +26,14 @@ threading.Thread.start = start_one_of_few
 """
 
 
-@contextlib.contextmanager
-def unread(command):
-    """Start a server whose log is a pipe; give the process, its port, and both ends of that pipe, which nobody else reads."""
-    reader, writer = os.pipe()
-    with subprocess.Popen(command, cwd=Project.get(), stderr=writer) as process:
-        try:
-            yield process, int(os.read(reader, 1000).splitlines()[0].rpartition(b":")[2]), reader, writer
-        finally:
-            process.kill()
-            os.close(reader)
-            os.close(writer)
-
-
-def fill(writer):
-    """Write into a pipe until no more goes in."""
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, b"x" * 100)
-    os.set_blocking(writer, True)
-
-
 def send_until_it_ends(process, number, pid=None):
     """Send a signal until a process ends: one that comes just before a system call does not interrupt it."""
-    deadline = time.monotonic() + PATIENCE
-    while process.process.poll() is None and time.monotonic() < deadline:
+    def has_ended():
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.kill(pid or process.process.pid, number)
             process.process.wait(0.5)
+        return process.process.poll() is not None
+    wait_until(has_ended)
 
 
 class Starting(TestCase):

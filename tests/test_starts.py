@@ -15,7 +15,7 @@ import unittest
 
 from support import (CA, CLIENT, CONNECTED, LISTENING, PATIENCE, PEER, ROOT, SERVER, TRUSTING, VERIFY, Process,
                      Project, Server, TestCase, at_terminal_command, client, client_command, path_with, python,
-                     python_after, run)
+                     python_after, run, wait_until)
 
 
 NO_CA = "; wanted: CA certificates in PEM form"
@@ -155,11 +155,13 @@ class BadFiles(TestCase):
     def test_passphrase_that_is_wrong_or_not_given(self):
         for answer in b"wrong\n", b"\x04", b"\x03":
             server, terminal = self.at_a_terminal(answer)
-            deadline = time.monotonic() + PATIENCE
-            while server.poll() is None and time.monotonic() < deadline:  # OpenSSL 3 asks twice
-                os.write(terminal, answer)
+
+            def has_ended():
+                os.write(terminal, answer)  # OpenSSL 3 asks twice
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     server.wait(0.2)
+                return server.poll() is not None
+            wait_until(has_ended)
             self.assertIn(server.wait(0), (0, 1) if answer == b"\x03" else (1,))
             if server.returncode:
                 self.assertLine(server.stderr.read().decode().splitlines()[-1], f"server_try: {ENCRYPTED}")
