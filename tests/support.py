@@ -478,10 +478,10 @@ class Home(TestCase):
         """Return the CA's records, a list of columns for each certificate."""
         return [line.split("\t") for line in self.read("auth/test-ca/index.txt").splitlines()]
 
-    def listing(self):
-        """Return the names of all files."""
-        return sorted(os.path.relpath(os.path.join(where, name), self.folder)
-                      for where, _, names in os.walk(self.folder) for name in names)
+    def listing(self, folder=None):
+        """Return the names of all files, in the test's clone or in another folder."""
+        folder = folder or self.folder
+        return sorted(os.path.relpath(os.path.join(where, name), folder) for where, _, names in os.walk(folder) for name in names)
 
     @staticmethod
     def gone(group):

@@ -65,12 +65,9 @@ class Names(Home):
         self.assertTrue(os.path.exists(self.path(LAPTOP7 + ".req")))
 
     def test_a_companys_name_comes_out_whole_or_is_refused(self):
-        for number, (name, shown) in enumerate([("Müller & Söhne", "Müller & Söhne"), (r"A\+B Ltd", "A+B Ltd"), (r"A\/B Ltd", "A/B Ltd"),
-                                                ("Warning Not After : Up Date: X", "Warning Not After : Up Date: X")]):
-            organization = f"ORGANIZATION=/C=NZ/L=Köln/O={name}"
-            self.make("client-cert", f"NAME=pc{number}", organization)
-            text = self.openssl("x509", "-in", f"auth/clients/pc{number}.crt", "-noout", "-subject", "-nameopt", "sep_comma_plus,utf8")
-            self.assertRegex(text, f"C ?= ?NZ,L ?= ?Köln,O ?= ?{re.escape(shown)},OU ?= ?Client,CN ?= ?pc{number}")
+        self.make("client-cert", "NAME=pc0", r"ORGANIZATION=/C=NZ/L=Köln/O=Müller & Söhne/O=A\+B Ltd/O=A\/B Ltd/OU=Warning Not After : Up Date: X")
+        text = self.openssl("x509", "-in", "auth/clients/pc0.crt", "-noout", "-subject", "-nameopt", "sep_comma_plus,utf8")
+        self.assertIn("C=NZ,L=Köln,O=Müller & Söhne,O=A+B Ltd,O=A/B Ltd,OU=Warning Not After : Up Date: X,OU=Client,CN=pc0", text.replace(" = ", "="))
         self.make("renew")
         self.assertNotIn("arning", self.make("check"))
         for name in "/O=A+B Ltd", "/O=A/B Ltd", "/DC=example/O=x", "/street=x", "O=x", "/O=x/C=NZ", "/O=":

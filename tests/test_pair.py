@@ -12,8 +12,8 @@ import tempfile
 import time
 import unittest
 
-from support import (ACCEPTED, CA, CLIENT, CONNECTED, EXAMPLE, LISTENING, PEER, ROOT, SECOND_CA, SERVER, TRUSTING,
-                     VERIFY, Process, Project, Relay, Server, TestCase, client, client_command, connection,
+from support import (ACCEPTED, CA, CLIENT, CONNECTED, EXAMPLE, FAST, LISTENING, PEER, ROOT, SECOND_CA, SERVER,
+                     TRUSTING, VERIFY, Process, Project, Relay, Server, TestCase, client, client_command, connection,
                      python_after, run, tls_client, tls_server)
 
 ALT_CA = "auth/alt-ca/alt-ca.cert"
@@ -265,7 +265,8 @@ class HandMade(TestCase):
                     if config:
                         with open(os.path.join(folder, "auth/test-ca.conf"), "w") as file:
                             file.write(config)
-                    status, _, errors = run("sh", "-c", self.COMMANDS, folder=folder)
+                    commands = self.COMMANDS if config else self.COMMANDS.replace("rsa:2048", FAST.partition("=")[2])
+                    status, _, errors = run("sh", "-c", commands, folder=folder)
                     self.assertEqual(status, 0, errors)
                     with Server(folder=folder) as server:
                         status, output, errors = client(server.port, folder=folder)

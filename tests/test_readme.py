@@ -13,9 +13,9 @@ import socket
 import subprocess
 import unittest
 
-from support import (CA, CLIENT, FAST, LISTENING, PATIENCE, PEER, PYTHON, ROOT, TRUSTING, Process, Project, Server,
-                     TestCase, client_command, copy_project, make, path_with, plain_environment, readme, run,
-                     temporary_folder)
+from support import (ALL, CA, CLIENT, FAST, LISTENING, PATIENCE, PEER, PYTHON, ROOT, TRUSTING, Process, Project,
+                     Server, TestCase, client_command, copy_project, make, path_with, plain_environment, readme, run,
+                     template, temporary_folder)
 
 ASIDE = [(r"\(serial [\w…]+, until \w+ [ \d]\d [\d:]+ \d+ GMT\)", "(serial N)"), (r"127\.0\.0\.1:\d+", "HOST:PORT"),
          (r"(?m)^revoked \w+", "revoked N"), (r"\b(?!2 |8 )\d+ bytes$", "N bytes"),
@@ -71,7 +71,7 @@ def matches(shown, said):
 
 class Lesson(TestCase):
     def test_console_blocks_and_experiments(self):
-        self.folder = copy_project(os.path.join(temporary_folder(), "clone"))
+        self.folder = shutil.copytree(template(ALL), os.path.join(temporary_folder(), "clone"))
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         for name in "server_try", "client_try", "README.md":
@@ -80,7 +80,6 @@ class Lesson(TestCase):
                 text = file.read().replace("6420", port)
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text)
-        make(self.folder, "certs", "alt-certs", "odd-certs")
         self.env = plain_environment()
         self.env.update(PATH=path_with(), PYTHONIOENCODING="utf-8")
         self.server, self.seen, experiments, blocks = None, 0, 0, 0

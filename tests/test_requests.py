@@ -99,8 +99,13 @@ class Requests(TestCase):
 
     def test_a_mistake_of_our_own_shows_its_traceback_and_the_server_goes_on(self):
         with Server("--max-clients", "3", script=mistaken()) as server:
-            for _ in range(12):  # more than there are places, and threads that wait
-                self.assertRefused(client(server.port, "-n", "13"), "hung up, no reply")
+            for number in range(12):  # more than there are places, and threads that wait
+                if number:
+                    with connection(server.port) as tls:
+                        tls.sendall(b"13\n")
+                        self.assertEqual(receive_all(tls), b"")
+                else:
+                    self.assertRefused(client(server.port, "-n", "13"), "hung up, no reply")
                 server.wait_for("NameError: name 'nmber' is not defined")
                 self.assertIn("Traceback (most recent call last):", server.log())
                 server.lines.clear()

@@ -39,9 +39,9 @@ def send_until_it_ends(process, number, pid=None):
 class Starting(TestCase):
     def test_sigterm_in_the_first_instants(self):
         command = python("server_try", "--port", "0", CA, *SERVER)
-        for number in range(20):
+        for number in range(10):
             with subprocess.Popen(command, cwd=Project.get(), stderr=subprocess.PIPE) as server:
-                time.sleep(number * 0.006)
+                time.sleep(number * 0.012)
                 server.terminate()
                 said = server.stderr.read().decode()
                 status = server.wait(PATIENCE)
