@@ -117,7 +117,7 @@ class Certs(Home):
         self.assertRegex(self.make("demo", "PORT=0"), "renewing auth/client.crt, .*\nrenewing auth/server.crt(?s:.*)client: 42")
 
     def test_demo_interrupted_at_any_line_leaves_no_server(self):
-        for number, line in enumerate([b"", b"server: listening", b"1. ", b"client: ", b"2. ", b"3. "]):
+        for number, line in enumerate([b"", b"server: listening", b"1. ", b"client: ", b"3. "]):
             with self.start("demo", "PORT=0", output=subprocess.PIPE) as process:
                 self.read_to(process, line)
                 (os.killpg if number % 2 else os.kill)(process.pid, signal.SIGTERM)

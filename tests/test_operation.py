@@ -286,17 +286,15 @@ class Rollover(TestCase):
     """A new CA takes the old one's place, as the README tells it, and no client is ever locked out."""
 
     def test_with_crls(self):
-        old, new = (copy_project(os.path.join(temporary_folder(), name)) for name in ("old", "new"))
-        make(old, "client-cert", "NAME=laptop7")
-        make(old, "certs", "crl")
+        old = shutil.copytree(Project.get(), os.path.join(temporary_folder(), "old"))
+        new = copy_project(os.path.join(temporary_folder(), "new"))
+        make(old, "client-cert", "crl", "NAME=laptop7")
         for request in "client", "server":  # the same keys
             shutil.copy(os.path.join(old, f"auth/{request}.req"), os.path.join(new, "auth"))
             shutil.copy(os.path.join(old, f"auth/{request}.key"), os.path.join(new, "auth"))
         os.makedirs(os.path.join(new, "auth/clients"))
         shutil.copy(os.path.join(old, "auth/clients/laptop7.req"), os.path.join(new, "auth/clients"))
-        make(new, "certs")
-        make(new, "client-cert", "NAME=laptop7")
-        make(new, "crl")
+        make(new, "certs", "client-cert", "crl", "NAME=laptop7")
         machine = {end: temporary_folder() for end in ("client", "server")}
 
         def install(end, name, *sources):
