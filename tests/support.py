@@ -309,6 +309,13 @@ def connection(port, context=None):
             yield tls
 
 
+def served(port, certificate=CLIENT, folder=None):
+    """Return what server_try replies to 41, without client_try."""
+    with connection(port, tls_client(certificate, folder)) as tls:
+        tls.sendall(b"41\n")
+        return tls.recv(10)
+
+
 @contextlib.contextmanager
 def stuck_connection(port):
     """An authenticated connection that asks and reads nothing, until no more goes in."""

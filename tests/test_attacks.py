@@ -6,8 +6,8 @@ import socket
 import struct
 import threading
 
-from support import (ACCEPTED, CA, CLIENT, PATIENCE, PEER, SERVER, UNTIL, VERIFY, Server, TestCase, client, reset,
-                     run, temporary_folder)
+from support import (ACCEPTED, CA, CLIENT, PATIENCE, PEER, SERVER, UNTIL, VERIFY, Server, TestCase, client,
+                     reset, run, served, temporary_folder)
 
 
 class Certificates(TestCase):
@@ -111,5 +111,5 @@ class Handshakes(TestCase):
                     reset(stranger)
                 server.wait_for(PEER + "hung up in the handshake")
                 server.lines.clear()
-            self.assertEqual(client(server.port)[1], "42\n")
+            self.assertEqual(served(server.port), b"42\n")
             self.assertNotRegex(server.log(), "Traceback|wrapper")

@@ -4,8 +4,8 @@ import contextlib
 import socket
 import time
 
-from support import (PATIENCE, PEER, Server, TestCase, client, connection, mistaken, receive_all, shortened,
-                     stuck_connection, tls_client)
+from support import (PATIENCE, PEER, Server, TestCase, client, connection, mistaken, receive_all, served,
+                     shortened, stuck_connection, tls_client)
 
 
 class Requests(TestCase):
@@ -55,7 +55,7 @@ class Requests(TestCase):
                 self.assertEqual(reply.decode(), f"2\nerror: {reason}\n")
                 self.server.wait_for(f"{PEER}answered 1, turned away: {reason}")
                 self.server.lines.clear()
-        self.assertEqual(client(self.server.port)[1], "42\n")
+        self.assertEqual(served(self.server.port), b"42\n")
 
     def test_line_too_long_is_told_before_it_ends(self):
         self.assertEqual(self.ask(b"9" * 5000), b"error: no newline within 4096 bytes\n")
@@ -109,5 +109,5 @@ class Requests(TestCase):
                 server.wait_for("NameError: name 'nmber' is not defined")
                 self.assertIn("Traceback (most recent call last):", server.log())
                 server.lines.clear()
-            self.assertEqual(client(server.port)[:2], (0, "42\n"))
+            self.assertEqual(served(server.port), b"42\n")
             self.assertEqual(server.stop(), 0)

@@ -9,9 +9,9 @@ import socket
 import subprocess
 import time
 
-from support import (CA, LISTENING, PATIENCE, SERVER, TRUSTING, Process, Project, TestCase, at_terminal_command,
-                     client, client_command, connection, fill, python, python_after, run, shortened, temporary_folder,
-                     unread, wait_until)
+from support import (CA, LISTENING, PATIENCE, SERVER, TRUSTING, Process, Project, TestCase,
+                     at_terminal_command, client, client_command, connection, fill, python, python_after, run,
+                     served, shortened, temporary_folder, unread, wait_until)
 
 # A limit on threads, as under systemd's TasksMax=.
 FEW_THREADS = """
@@ -162,7 +162,7 @@ class Threads(TestCase):
                     tls.sendall(b"1\n")
                     self.assertEqual(tls.recv(10), b"2\n")
                 first.unwrap().close()
-                self.assertEqual(client(port)[:2], (0, "42\n"))
+                self.assertEqual(served(port), b"42\n")
             server.process.terminate()
             self.assertEqual(server.end(), 0)
             self.assertNotIn("Traceback", server.log())
