@@ -27,16 +27,21 @@ def main():
     counts = dict.fromkeys(["ran", "failures", "errors", "skipped"], 0)
     os.environ[MADE] = template(ALL)
     with concurrent.futures.ThreadPoolExecutor(3 * os.cpu_count()) as pool:
-        for future in concurrent.futures.as_completed([pool.submit(run, module) for module in modules]):
-            module, status, said = future.result()
-            print(f"{module}\n{said}", flush=True)
-            found = dict(re.findall(r"(failures|errors|skipped)=(\d+)", said[said.rfind("\nRan "):]))
-            found["ran"] = next(iter(re.findall(r"(?m)^Ran (\d+) test", said)), 0)
-            for what in found:
-                counts[what] += int(found[what])
-            if status:
-                failed.append(module)
-                counts["errors"] += not found["ran"]
+        futures = [pool.submit(run, module) for module in modules]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                module, status, said = future.result()
+                print(f"{module}\n{said}", flush=True)
+                found = dict(re.findall(r"(failures|errors|skipped)=(\d+)", said[said.rfind("\nRan "):]))
+                found["ran"] = next(iter(re.findall(r"(?m)^Ran (\d+) test", said)), 0)
+                for what in found:
+                    counts[what] += int(found[what])
+                if status:
+                    failed.append(module)
+                    counts["errors"] += not found["ran"]
+        finally:
+            for future in futures:
+                future.cancel()  # or Ctrl-C would end these modules, and the next would begin
     bad = counts["failures"] + counts["errors"]
     print(f"{time.monotonic() - begun:.0f} s" + (f"; FAILED in {', '.join(failed)}" if failed else ""))
     print(f"{max(counts['ran'] - bad - counts['skipped'], 0)} passed, {bad} failed, {counts['skipped']} skipped")

@@ -21,6 +21,7 @@ import time
 import unittest
 
 os.environ.update(SSL_CERT_FILE=os.devnull, SSL_CERT_DIR=os.devnull)  # openssl would load all of the system's CAs, each time
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the tests as Ctrl-C does: nothing is left
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PATIENCE = 60  # seconds that anything may take on a loaded machine before a test calls it stuck
 
@@ -77,7 +78,8 @@ def make(folder, *arguments, status=0, environment=None):
         try:
             said = process.communicate(timeout=PATIENCE)[0].decode("utf-8", "backslashreplace")
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # whatever it has started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # whatever it has started
             raise
     if process.returncode != status:
         raise AssertionError(f"make {arguments} ended with {process.returncode}:\n{said}")
