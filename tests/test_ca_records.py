@@ -195,6 +195,17 @@ while test $# != 0; do if test "$1" = -out; then : > "$2"; fi; shift; done
                         self.make("server-cert", "NAME=db1.internal")  # which may be revoked
                     self.check_all_is_well()
 
+    def test_a_power_cut_before_there_is_a_list(self):
+        """After one that used up the number of the first list, and left none."""
+        preload, self.commands = self.preload(), BEFORE
+        for number in range(1, 7):
+            with self.subTest(at_rename=number):
+                self.setUp()
+                self.change("auth/test-ca/crlnumber", lambda data: b"02\n")
+                with self.start("renew", f"OPENSSL={preload}CUT={number} openssl") as cut:
+                    self.assertEqual(cut.wait(PATIENCE), -signal.SIGKILL)
+                self.assertIn(f"{DB1} until", self.make("renew"))
+
     def test_without_a_lock_nothing_is_done(self):
         preload = self.preload()
         before = self.listing()
