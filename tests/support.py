@@ -21,6 +21,7 @@ import time
 import unittest
 
 os.environ.update(SSL_CERT_FILE=os.devnull, SSL_CERT_DIR=os.devnull)  # openssl would load all of the system's CAs, each time
+os.environ.pop("PYTHONUNBUFFERED", None)  # it would hide a flush that is missing
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the tests as Ctrl-C does: nothing is left
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PATIENCE = 60  # seconds that anything may take on a loaded machine before a test calls it stuck

@@ -99,7 +99,7 @@ class Certs(Home):
     def test_demo_says_when_it_cannot_have_the_port(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             shown = self.make("demo", f"PORT={taken.getsockname()[1]}", status=2)
-        self.assertRegex(shown, "Address already in use(?s:.*)Choose another port: ")
+        self.assertRegex(shown, "Address already in use(?s:.*)\nChoose another port: make demo PORT=6421, or PORT=0 for any free one\n")
         self.assertRegex(self.make("demo", "PORT=abc", status=2), "server: usage: .*\nserver: .*invalid int value: 'abc'")
         shutil.copy(self.path(CLIENT[1]), self.path(SERVER[1]))
         self.assertNotIn("port", self.make("demo", "PORT=0", status=2).split("server: ")[1])
@@ -121,6 +121,8 @@ class Certs(Home):
             with self.start("demo", "PORT=0", output=subprocess.PIPE) as process:
                 self.read_to(process, line)
                 (os.killpg if number % 2 else os.kill)(process.pid, signal.SIGTERM)
+                if number % 2:
+                    self.assertNotIn(b"3. ", process.stdout.read())  # and it went no further
             wait_until(lambda: self.gone(process.pid))
 
 

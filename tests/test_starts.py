@@ -286,7 +286,8 @@ class Usage(TestCase):
     def test_is_told_with_status_2(self):
         for arguments in [], ["a", "b"], ["a", "b", "c", "d"]:
             for script in "server_try", "client_try":
-                self.check(script, arguments)
+                said = self.check(script, arguments)
+                self.assertEqual("error: CERT needs its KEY: one file or three\n" in said, len(arguments) == 2)
         self.check("server_try", ["--port", "x", "a"])
         self.check("client_try", ["--what", "a"])
         for option in "--host", "--crl", "--server-name":
