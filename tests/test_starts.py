@@ -305,9 +305,9 @@ class Usage(TestCase):
 
     def test_a_value_of_two_dashes(self):
         """argparse takes it for none until 3.13."""
-        for script in "server_try", "client_try":
-            for option in ("host", "port") if script == "server_try" else ("crl", "timeout"):
-                status, _, errors = run(*python(script, f"--{option}=--", "a"))
+        for script, *options in ("server_try", "host", "crl", "port"), ("client_try", "host", "crl", "server-name", "timeout"):
+            for option in options:
+                status, _, errors = run(*python(script, f"--{option}=--", CA))
                 self.assertIn(status, (1, 2))
                 self.assertNotIn("Traceback", errors)
         self.check("client_try", ["--number=--", "a"])
