@@ -40,10 +40,15 @@ LISTENING = r"listening on .*:(\d+)"
 PEER = r"127\.0\.0\.1:\d+: "  # how a line about a peer begins
 UNTIL = r"\(serial \w+, until \w+ [ \d]\d [\d:]{8} 20\d\d GMT\)"
 EXAMPLE = "CN=example.com, OU=%s, O=MegaCorp Inc, L=Hamilton, ST=Waikato, C=NZ"
+SHOWING = f"showing {EXAMPLE % 'Server'} {UNTIL}"
 TRUSTING = f"trusting {EXAMPLE % 'Trust Me'}, emailAddress=postmaster@example.com {UNTIL}"
 ACCEPTED = PEER + rf"accepted %s {UNTIL}, TLSv1\.3, TLS_\w+"
 CONNECTED = rf"connected to %s: {EXAMPLE % 'Server'} {UNTIL}, TLSv1\.3, TLS_\w+"
 VERIFY = "turned away: certificate verify failed: "
+# OpenSSL's own words, which differ between its versions.
+EXPIRED = "certificate has expired"
+NOT_YET_VALID = "certificate is not yet valid( or the system clock is incorrect)?"
+WRONG_ROLE = "uns(uitable|upported) certificate purpose"
 SECOND_CA = VERIFY + "(self.signed certificate in certificate chain|unable to get local issuer certificate|certificate signature failure)"
 
 
@@ -349,7 +354,10 @@ def unread(command):
     reader, writer = os.pipe()
     with subprocess.Popen(command, cwd=Project.get(), stderr=writer) as process:
         try:
-            yield process, int(os.read(reader, 1000).splitlines()[0].rpartition(b":")[2]), reader, writer
+            said = b""
+            while not re.search(rb"(?m)^listening .*\n", said):
+                said += os.read(reader, 1000)
+            yield process, int(said.rpartition(b":")[2]), reader, writer
         finally:
             process.kill()
             os.close(reader)

@@ -69,17 +69,17 @@ class Requests(TestCase):
                 begun = time.monotonic()
                 half.sendall(b"4")
                 later.sendall(b"1\n4")
-                told = b"error: The read operation timed out\n"
+                told = b"error: no request for 1 s\n"
                 self.assertEqual(receive_all(half), told)
                 self.assertEqual(receive_all(later), b"2\n" + told)
                 self.assertEqual(receive_all(idle), told)
                 idle.unwrap().close()  # needs the server's close_notify
                 self.assertGreater(time.monotonic() - begun, 0.9)
-            server.wait_for(PEER + "answered 0, turned away: The read operation timed out")
+            server.wait_for(PEER + "answered 0, turned away: no request for 1 s")
 
     def test_a_client_that_never_reads_is_cut_off(self):
         with Server(script=shortened("server_try", IDLE_SECONDS=1, STOP_SECONDS=1)) as server, stuck_connection(server.port):
-            server.wait_for(PEER + "The write operation timed out")
+            server.wait_for(PEER + r"answered \d+, The write operation timed out")
 
     def test_a_client_that_reads_late_gets_all_that_was_said(self):
         """More than it has room for, and with bytes left that the server has not read."""
@@ -95,7 +95,7 @@ class Requests(TestCase):
         with connection(self.server.port) as tls:
             tls.sendall(b"1\n4")
             socket.socket.shutdown(tls, socket.SHUT_WR)
-            self.assertEqual(receive_all(tls), b"2\nerror: no newline within 4096 bytes\n")
+            self.assertEqual(receive_all(tls), b"2\nerror: no newline at the end\n")
 
     def test_a_mistake_of_our_own_shows_its_traceback_and_the_server_goes_on(self):
         with Server("--max-clients", "3", script=mistaken()) as server:
