@@ -15,61 +15,53 @@ CA = auth/test-ca/test-ca
 
 # A CA: its records, its key, and the certificate that it gives itself.
 $(CA).cert:
-	@test -z "`cat auth/test-ca/index.txt $(CA).crl auth/test-ca/new_certs/* 2> /dev/null | head -n 1`" || \
-	    { echo '$@ is missing, and has signed certificates: restore a back-up'; exit 1; }
-	mkdir -p auth/test-ca/new_certs
-	touch auth/test-ca/index.txt
-	echo unique_subject = no > auth/test-ca/index.txt.attr
-	echo $(SERIAL) > auth/test-ca/serial
-	echo 01 > auth/test-ca/crlnumber
-	$(call run,$(OPENSSL) req -config auth/test-ca.conf -new -x509 -extensions ca_cert -subj "$(CA_SUBJECT)" \
+	$(call run,mkdir -p auth/test-ca/new_certs && touch auth/test-ca/index.txt && echo $(SERIAL) > auth/test-ca/serial && \
+	    $(OPENSSL) req -config auth/test-ca.conf -new -x509 -utf8 -extensions ca_cert -subj "$(CA_SUBJECT)" \
 	    -newkey $(NEWKEY) -nodes -days $(CA_DAYS) -keyout $(CA).key -out $@)
 
 # For each end a key, and a request for a certificate, with the names that it is for.
 auth/client.req:
-	$(call run,$(OPENSSL) req -config auth/test-ca.conf -new -subj "$(ORGANIZATION)/OU=Client/CN=example.com" \
+	$(call run,$(OPENSSL) req -config auth/test-ca.conf -new -utf8 -subj "$(ORGANIZATION)/OU=Client/CN=example.com" \
 	    -addext "subjectAltName = DNS:example.com" -newkey $(NEWKEY) -nodes -keyout auth/client.key -out $@)
 auth/server.req:
-	$(call run,$(OPENSSL) req -config auth/test-ca.conf -new -subj "$(ORGANIZATION)/OU=Server/CN=example.com" \
+	$(call run,$(OPENSSL) req -config auth/test-ca.conf -new -utf8 -subj "$(ORGANIZATION)/OU=Server/CN=example.com" \
 	    -addext "subjectAltName = $(SERVER_NAMES)" -newkey $(NEWKEY) -nodes -keyout auth/server.key -out $@)
 
-# The certificate: the request, signed by the CA, which says what it is good for. The CA's own goes
+# The certificate: the request, signed by the CA, which decides on the role. The CA's certificate goes
 # along: OpenSSL would otherwise look for it, and verify it, anew for each handshake.
 auth/client.crt: auth/client.req $(CA).cert
 	$(call run,$(OPENSSL) ca -config auth/test-ca.conf -cert $(CA).cert -keyfile $(CA).key -batch \
-	    -extensions client_cert -in auth/client.req -days $(DAYS) -out $@)
-	@cat $(CA).cert >> $@
+	    -extensions client_cert -in auth/client.req -days $(DAYS) -out $@ && cat $(CA).cert >> $@)
 auth/server.crt: auth/server.req $(CA).cert
 	$(call run,$(OPENSSL) ca -config auth/test-ca.conf -cert $(CA).cert -keyfile $(CA).key -batch \
-	    -extensions server_cert -in auth/server.req -days $(DAYS) -out $@)
-	@cat $(CA).cert >> $@
+	    -extensions server_cert -in auth/server.req -days $(DAYS) -out $@ && cat $(CA).cert >> $@)
 
-# Show a command as it is typed, and run it with nobody else at the CA; it speaks only if it fails.
+# Show a command as one would type it, and run it under the CA's lock; its output is shown only if it
+# fails, and until it is done the file that it makes ends in .new.
 define run
-@$(SHOW) '$(subst ','\'',$(1))'
-@$(PYTHON) auth/machines run $(1) && chmod a+r $@
+@$(PYTHON) auth/machines run $@ '$(subst ','\'',$(1))'
 endef
-SHOW = printf '%s\n'
 
 .DEFAULT_GOAL := help
 $(if $(filter 3.7% 3.80,$(MAKE_VERSION)),$(error GNU make 3.81 or later is needed; this is $(MAKE_VERSION)))
 .DELETE_ON_ERROR:
+.PRECIOUS: $(CA).cert
 .NOTPARALLEL:
 .PHONY: help certs alt-certs odd-certs server-cert client-cert list check renew revoke crl
 .PHONY: demo test bench clean fit-openssl
 
 certs: $(CA).cert auth/client.req auth/server.req auth/client.crt auth/server.crt
-	@$(PYTHON) auth/machines outlived
-	@$(SHOW) 'Next: ./server_try $(CA).cert auth/server.crt auth/server.key' \
+	@test "$$QUIET" || printf '%s\n' 'Next: ./server_try $(CA).cert auth/server.crt auth/server.key' \
 	    '      ./client_try $(CA).cert auth/client.crt auth/client.key   # in another terminal'
 
-# Machines of one's own: auth/README.md has how, auth/machines does it. NAME, NAMES, SERIAL and FORCE
-# count on make's command line alone, since some systems have a NAME in the environment.
+# Machines of one's own: auth/README.md has how, auth/machines does it. NAME, NAMES and FORCE are read
+# only from make's command line, since some systems have a NAME in the environment.
 given = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
 export GIVEN_NAME = $(call given,NAME)
 export GIVEN_NAMES = $(call given,NAMES)
-export GIVEN_SERIAL = $(call given,SERIAL)
-export OPENSSL NEWKEY DAYS CRL_DAYS ORGANIZATION
+export GIVEN_FORCE = $(call given,FORCE)
+export OPENSSL NEWKEY DAYS CRL_DAYS CA_DAYS SERIAL ORGANIZATION CA_SUBJECT SERVER_NAMES QUIET PORT
+QUIET =
 server-cert client-cert: $(CA).cert
 	@$(PYTHON) auth/machines certify $(@:-cert=)
 list check renew revoke crl:
@@ -81,25 +73,21 @@ alt-certs: auth/alt-client.crt auth/alt-server.crt
 odd-certs: auth/expired-client.crt auth/expired-server.crt auth/future-client.crt \
     auth/future-server.crt auth/self-signed.crt
 auth/alt-ca/alt-ca.cert:
-	mkdir -p auth/alt-ca/new_certs
-	touch auth/alt-ca/index.txt
-	echo $(SERIAL) > auth/alt-ca/serial
-	$(call run,$(OPENSSL) req -config auth/test-ca.conf -new -x509 -extensions ca_cert -subj "$(CA_SUBJECT)" \
+	$(call run,mkdir -p auth/alt-ca/new_certs && touch auth/alt-ca/index.txt && echo $(SERIAL) > auth/alt-ca/serial && \
+	    $(OPENSSL) req -config auth/test-ca.conf -new -x509 -utf8 -extensions ca_cert -subj "$(CA_SUBJECT)" \
 	    -newkey $(NEWKEY) -nodes -days $(CA_DAYS) -keyout auth/alt-ca/alt-ca.key -out $@)
 auth/alt-%.crt: auth/%.req auth/alt-ca/alt-ca.cert
 	$(call run,$(OPENSSL) ca -config auth/test-ca.conf -name CA_alt -cert auth/alt-ca/alt-ca.cert \
-	    -keyfile auth/alt-ca/alt-ca.key -batch -extensions $*_cert -in $< -days $(DAYS) -out $@)
-	@cat auth/alt-ca/alt-ca.cert >> $@
+	    -keyfile auth/alt-ca/alt-ca.key -batch -extensions $*_cert -in $< -days $(DAYS) -out $@ && \
+	    cat auth/alt-ca/alt-ca.cert >> $@)
 auth/expired-%.crt: auth/%.req $(CA).cert
-	$(call run,$(OPENSSL) ca -config auth/test-ca.conf -cert $(CA).cert -keyfile $(CA).key -batch \
-	    -extensions $*_cert -in $< -startdate 20200101000000Z -enddate 20200131000000Z -out $@)
-	@cat $(CA).cert >> $@
+	$(call run,$(OPENSSL) ca -config auth/test-ca.conf -cert $(CA).cert -keyfile $(CA).key -batch -extensions $*_cert \
+	    -in $< -startdate 20200101000000Z -enddate 20200131000000Z -out $@ && cat $(CA).cert >> $@)
 auth/future-%.crt: auth/%.req $(CA).cert
-	$(call run,$(OPENSSL) ca -config auth/test-ca.conf -cert $(CA).cert -keyfile $(CA).key -batch \
-	    -extensions $*_cert -in $< -startdate 20480101000000Z -enddate 20480131000000Z -out $@)
-	@cat $(CA).cert >> $@
+	$(call run,$(OPENSSL) ca -config auth/test-ca.conf -cert $(CA).cert -keyfile $(CA).key -batch -extensions $*_cert \
+	    -in $< -startdate 20480101000000Z -enddate 20480131000000Z -out $@ && cat $(CA).cert >> $@)
 auth/self-signed.crt: auth/client.req
-	$(call run,$(OPENSSL) req -config auth/test-ca.conf -new -x509 -extensions client_cert -days $(DAYS) \
+	$(call run,$(OPENSSL) req -config auth/test-ca.conf -new -x509 -utf8 -extensions client_cert -days $(DAYS) \
 	    -subj "$(ORGANIZATION)/OU=Client/CN=example.com" -key auth/client.key -out $@)
 
 demo:
@@ -107,19 +95,20 @@ demo:
 	    test ! -e auth/$$end.crt || $(OPENSSL) x509 -noout -checkend 60 -in auth/$$end.crt > /dev/null || \
 	        { echo "renewing auth/$$end.crt, which has expired"; rm auth/$$end.crt; }; \
 	done
-	@$(MAKE) -s SHOW=: certs alt-certs
-	@$(PYTHON) tests/demo $(PORT)
+	@$(MAKE) -s QUIET=yes certs alt-certs
+	@$(PYTHON) tests/demo
 
+test: export MAKE := $(MAKE)
 test:
-	MAKE='$(MAKE)' $(PYTHON) tests
+	$(PYTHON) tests
 
 bench: certs
 	$(PYTHON) tests/bench.py
 
 clean:
-	@test '$(call given,FORCE)' = yes || $(PYTHON) auth/machines in-use
-	rm -rf auth/test-ca auth/alt-ca auth/clients auth/servers tests/__pycache__
-	rm -f auth/*.key auth/*.req auth/*.crt
+	@$(PYTHON) auth/machines in-use
+	rm -rf auth/test-ca auth/alt-ca auth/clients/* auth/servers/* tests/__pycache__
+	rm -f auth/*.key auth/*.req auth/*.crt auth/*.new
 
 $(CA).cert auth/client.req auth/server.req: | fit-openssl
 fit-openssl:
@@ -127,16 +116,16 @@ fit-openssl:
 	    { echo "OpenSSL 1.1.1 or later, or LibreSSL 3.3 or later, is needed; this is $$($(OPENSSL) version)"; exit 1; }
 
 help:
-	@echo 'make certs                          a CA, and the certificates of a server and a client'
-	@echo 'make demo                           watch the two talk (PORT=$(PORT); 0 takes any free one)'
-	@echo 'make alt-certs odd-certs            a second CA, and certificates that are turned away: to experiment'
-	@echo 'make server-cert NAME=db1.internal  the certificate of another server, optionally NAMES="db1 10.0.0.7"'
-	@echo 'make client-cert NAME=laptop7       the certificate of another client'
-	@echo 'make list                           the newest certificate of each machine'
-	@echo 'make check                          what is wrong, or ends soon; for cron'
-	@echo 'make renew                          new certificates for the same requests, and a new CRL'
-	@echo 'make revoke NAME=laptop7            revoke all its certificates (or SERIAL=111D, one); a new CRL'
-	@echo 'make crl                            a new list of what is revoked (CRL)'
+	@echo 'make certs                          make a CA, and the certificates of a server and a client'
+	@echo 'make demo                           watch a server and a client talk (PORT=0: any free port)'
+	@echo 'make alt-certs odd-certs            make a second CA and bad certificates, for the experiments'
+	@echo 'make server-cert NAME=db1.internal  make or sign a certificate for another server (NAMES="db1 10.0.0.7")'
+	@echo 'make client-cert NAME=laptop7       make or sign a certificate for another client'
+	@echo 'make list                           show the certificate of each machine'
+	@echo 'make check                          report what is broken or about to expire (for cron)'
+	@echo 'make renew                          sign every request again, and make a new CRL'
+	@echo 'make revoke NAME=laptop7            revoke all its certificates, and make a new CRL'
+	@echo 'make crl                            make a new certificate revocation list (CRL)'
 	@echo 'make test                           run the tests'
 	@echo 'make bench                          measure what connections cost, here and with others'
-	@echo 'make clean                          remove everything made'
+	@echo 'make clean                          delete everything that was generated (FORCE=yes: even a CA in use)'

@@ -54,9 +54,10 @@ SECOND_CA = VERIFY + "(self.signed certificate in certificate chain|unable to ge
 
 def copy_project(folder):
     """Copy to a new folder what a clone has, and return its name."""
-    for name in ("auth", "tests"):
+    for name in ("auth/clients", "auth/servers", "tests"):
         os.makedirs(os.path.join(folder, name))
-    for name in ("server_try", "client_try", "Makefile", "README.md", "auth/README.md", "auth/test-ca.conf", "auth/machines", "tests/demo"):
+    for name in ("server_try", "client_try", "Makefile", "README.md", "auth/README.md", "auth/test-ca.conf", "auth/machines", "tests/demo",
+                 "auth/clients/.gitignore", "auth/servers/.gitignore"):
         shutil.copy2(os.path.join(ROOT, name), os.path.join(folder, name))
     return folder
 
@@ -495,6 +496,15 @@ class Home(TestCase):
     def index(self):
         """Return the CA's records, a list of columns for each certificate."""
         return [line.split("\t") for line in self.read("auth/test-ca/index.txt").splitlines()]
+
+    def serials(self, name):
+        """Return the serial numbers of all certificates that a name ever had, by the copies in the CA's home."""
+        found = []
+        for copy in sorted(glob.glob(glob.escape(self.path("auth/test-ca")) + "/*/*.pem")):
+            text = run("openssl", "x509", "-in", copy, "-noout", "-serial", "-subject", "-nameopt", "sname,utf8,sep_multiline")[1]
+            if f"CN={name}\n" in text:
+                found.append(re.search("serial=(\\w+)", text)[1])
+        return found
 
     def listing(self, folder=None):
         """Return the names of all files, in the test's clone or in another folder."""

@@ -44,51 +44,68 @@ class Records(Home):
     def check_all_is_well(self):
         """The thief is revoked, no serial number was used twice, and the other machine's certificate is good."""
         revoked = re.findall(r"Serial Number: (\w+)", self.openssl("crl", "-in", CRL, "-noout", "-text"))
-        self.assertIn("1111", revoked)
+        self.assertLessEqual(set(self.serials("laptop7")), set(revoked))
+        self.assertTrue(self.serials("laptop7"))
         rows = self.index()
         serials = [row[3] for row in rows]
         self.assertEqual(len(serials), len(set(serials)))
         self.assertEqual({row[3] for row in rows if row[0] == "R"}, set(revoked))
-        self.assertLessEqual({name[:-4] for name in os.listdir(self.path("auth/test-ca/new_certs"))}, set(serials))
-        self.assertGreater(int(self.read("auth/test-ca/serial"), 16), max(int(serial, 16) for serial in serials))
+        for folder, state in ("new_certs", "V"), ("revoked", "R"):
+            self.assertLessEqual({name[:-4] for name in os.listdir(self.path("auth/test-ca/" + folder))}, {row[3] for row in rows if row[0] == state})
         self.verify(DB1)
         serial = self.openssl("x509", "-in", DB1, "-noout", "-serial").strip().partition("=")[2]
         self.assertEqual(serial, max(serials))
 
     def test_whatever_happened_to_a_record_it_is_put_right(self):
-        for what, repaired, damage in [("missing", RECORDS, lambda data, old: None), ("empty", RECORDS, lambda data, old: b""),
-                                       ("cut", RECORDS, lambda data, old: data[:len(data) // 2]),
-                                       ("without their newlines", RECORDS, lambda data, old: data[:-1]),
-                                       ("junk", RECORDS, lambda data, old: b"\xff\x00junk\n"),
-                                       ("old", ("index.txt", "serial", "crlnumber"), lambda data, old: old),
-                                       ("with another line's end", (), lambda data, old: data.replace(b"\n", b"\r\n"))]:
+        for what, damage in [("missing", lambda data, old: None), ("empty", lambda data, old: b""),
+                             ("cut", lambda data, old: data[:len(data) // 2]), ("without their newlines", lambda data, old: data[:-1]),
+                             ("junk", lambda data, old: b"\xff\x00junk\n"), ("old", lambda data, old: old),
+                             ("with another line's end", lambda data, old: data.replace(b"\n", b"\r\n"))]:
             with self.subTest(what):
                 self.setUp()
                 for record in (*RECORDS, "index.txt.old"):
                     with open(os.path.join(template(*BEFORE), "auth/test-ca", record.replace(".old", "")), "rb") as file:
                         old = file.read()
                     self.change("auth/test-ca/" + record, lambda data, old=old, damage=damage: damage(data, old))
-                self.assertEqual([line for line in self.make("renew").splitlines() if line.startswith("repaired")],
-                                 [f"repaired auth/test-ca/{record}, from the certificates and the CRL issued so far" for record in repaired])
+                self.make("renew")
                 self.check_all_is_well()
 
     def test_all_records_are_lost_but_not_the_list(self):
+        stolen = self.serials("laptop7")
         for record in RECORDS:
             self.change("auth/test-ca/" + record, lambda data: None)
-        os.remove(self.path("auth/test-ca/index.txt.old"))
-        shutil.rmtree(self.path("auth/test-ca/new_certs"))
-        os.mkdir(self.path("auth/test-ca/new_certs"))
+        for folder in "new_certs", "revoked":
+            shutil.rmtree(self.path("auth/test-ca/" + folder))
         self.make("crl")
-        self.assertIn("Serial Number: 1111", self.openssl("crl", "-in", CRL, "-noout", "-text"))
+        self.assertIn("Serial Number: " + stolen[0], self.openssl("crl", "-in", CRL, "-noout", "-text"))
 
-    def test_records_and_list_are_lost(self):
-        os.remove(self.path(CRL))
-        for damage in lambda data: data[:data.rindex(b"V\t")], lambda data: None:
-            self.change("auth/test-ca/index.txt", damage)
-            for goal in "renew", "crl", "check", "clean":
-                self.assertEqual(self.make(goal, status=2).splitlines()[0], f"auth/test-ca/index.txt and {CRL} are lost: "
-                                 "restore the CRL, from a server or a back-up; only if there never was one, write 01 to auth/test-ca/crlnumber")
-            self.assertFalse(os.path.exists(self.path(CRL)))
+    def test_the_list_is_lost_or_old(self):
+        with open(os.path.join(template(*BEFORE, "revoke NAME=laptop7"), CRL), encoding="utf-8") as file:
+            old = file.read().encode()
+        self.make("crl")
+        newest = self.read(CRL).encode()
+        for content, what in (None, "is lost"), (old, "is old (number 1)"):
+            self.change(CRL, lambda data, content=content: content)
+            for goal in "renew", "crl", "check", "list", "revoke", "client-cert":
+                self.assertEqual(self.make(goal, "NAME=db1.internal", status=2).splitlines()[0],
+                                 f"{CRL} {what}: copy the newest from a server to here, or whoever it lists gets in again; "
+                                 "if no server ever had one, delete auth/test-ca/crlnumber")
+            with open(self.path(CRL), "wb") as file:
+                file.write(newest)
+        self.make("renew")
+        self.check_all_is_well()
+
+    def test_what_records_say_accuses_and_never_acquits(self):
+        """A row R is believed, and what it says goes to the evidence; a row V is not."""
+        serial, = set(self.serials("db1.internal")[-1:])
+        self.change("auth/test-ca/index.txt", lambda data: re.sub(rb"(?m)^V(\t\w+)\t(\t" + serial.encode() + rb"\t)", rb"R\1\t261126000000Z\2", data)
+                    .replace(b"R\t", b"V\t", 1))
+        self.assertIn(f"{CRL} does not list all that is revoked: make crl\n", self.make("check", status=2))
+        self.assertIn(serial + ".pem", os.listdir(self.path("auth/test-ca/revoked")))
+        self.make("crl")
+        text = self.openssl("crl", "-in", CRL, "-noout", "-text")
+        for one in serial, *self.serials("laptop7"):
+            self.assertIn(f"Serial Number: {one}\n", text)
 
     def test_a_first_list_of_nothing_is_one(self):
         shutil.rmtree(self.path("auth"))
@@ -109,36 +126,60 @@ class Records(Home):
                                (self.read("alt.crl").encode(), ["crl"], ["renew"])]:
             self.change(CRL, lambda data, bad=bad: bad)
             for arguments in commands:
-                self.assertEqual(self.make(*arguments, status=2).splitlines()[0], f"{CRL} cannot be read, or is not signed by auth/test-ca/test-ca.cert; "
-                                 "restore a back-up")
+                self.assertEqual(self.make(*arguments, status=2).splitlines()[0], f"{CRL} cannot be read, or is not signed by auth/test-ca/test-ca.cert: "
+                                 "copy the newest from a server here")
 
-    def test_a_serial_that_somebody_wrote_is_taken_if_it_is_above_those_used(self):
-        for written, used in ("2000", "2000"), ("12345", "012345"), ("0x20000", "020000"), (" 30000 ", "030000"), ("1111", "030001"), ("xyz", "030002"):
-            self.change("auth/test-ca/serial", lambda data, written=written: written.encode() + b"\n")
-            self.make("client-cert", "NAME=pc" + used)
-            self.assertEqual(self.index()[-1][3], used)
+    def test_serial_numbers_come_from_the_clock_or_are_the_next_free_ones(self):
+        self.change("auth/test-ca/serial", lambda data: b"1111\n")
+        begun = int(time.time())
+        for number in range(4):
+            self.make("client-cert", f"NAME=pc{number}")
+        used = [int(self.serials(f"pc{number}")[0], 16) for number in range(4)]
+        self.assertEqual(used, sorted(set(used)))
+        self.assertGreaterEqual(used[0], begun)
+        self.assertLess(used[-1], time.time() + 20)
+        self.assertFalse(set(used) & {int(serial, 16) for name in ("laptop7", "db1.internal") for serial in self.serials(name)})
+
+    def test_a_home_from_a_backup_remembers_what_the_folders_show(self):
+        """The home is as it was before laptop8 got its certificate; the folders and a server's list are newer."""
+        shutil.copytree(self.path("auth/test-ca"), self.path("backup"))
+        self.make("client-cert", "NAME=laptop8")
+        serial, = self.serials("laptop8")
+        shutil.rmtree(self.path("auth/test-ca"))
+        shutil.copytree(self.path("backup"), self.path("auth/test-ca"))
+        self.assertIn("recorded auth/clients/laptop8.crt, of which auth/test-ca/new_certs had no copy\n", self.make("client-cert", "NAME=laptop9"))
+        self.assertNotEqual(self.serials("laptop9"), [serial])
+        self.assertIn(f"revoked {serial}\n", self.make("revoke", "NAME=laptop8"))
+        newest = self.read(CRL)
+        self.assertIn(f"Serial Number: {serial}\n", self.openssl("crl", "-in", CRL, "-noout", "-text"))
+        shutil.rmtree(self.path("auth/test-ca"))
+        shutil.copytree(self.path("backup"), self.path("auth/test-ca"))
+        with open(self.path(CRL), "w") as file:
+            file.write(newest)
+        self.make("crl")
+        self.assertIn(f"{serial}.pem", os.listdir(self.path("auth/test-ca/revoked")))
+        self.assertIn(f"Serial Number: {serial}\n", self.openssl("crl", "-in", CRL, "-noout", "-text"))
 
     def test_a_copy_is_what_it_says_and_not_what_its_name_says(self):
-        for name, other in ("1111", "1100"), ("1112", "01112"):
-            os.rename(self.path(f"auth/test-ca/new_certs/{name}.pem"), self.path(f"auth/test-ca/new_certs/{other}.pem"))
-        for record in "index.txt", "index.txt.old":
-            self.change("auth/test-ca/" + record, lambda data: None)
+        for name in "laptop7", "db1.internal":
+            for folder in "new_certs", "revoked":
+                for copy in os.listdir(self.path("auth/test-ca/" + folder)):
+                    os.rename(self.path(f"auth/test-ca/{folder}/{copy}"), self.path(f"auth/test-ca/{folder}/0{copy}"))
+        self.change("auth/test-ca/index.txt", lambda data: None)
         until_2050 = int(calendar.timegm((2050, 7, 1, 0, 0, 0)) - time.time()) // 86400  # index.txt has two forms of dates
         self.make("renew", f"DAYS={until_2050}")
         rows = self.index()
-        self.assertEqual([row[3] for row in rows], ["1111", "1112", "1113", "1114"])
-        for record in "index.txt", "index.txt.old":
-            self.change("auth/test-ca/" + record, lambda data: None)
-        self.make("list")
+        self.assertEqual(len({row[3] for row in rows}), 4)
+        self.assertEqual([row[3] for row in rows if row[0] == "R"], self.serials("laptop7"))
+        self.change("auth/test-ca/index.txt", lambda data: None)
+        self.make("crl")
         self.assertEqual([row[:4] for row in self.index()], [row[:4] for row in rows])
 
-    def test_a_date_or_a_serial_that_is_none_is_put_right(self):
+    def test_a_row_that_is_none_is_not_kept(self):
         self.change("auth/test-ca/index.txt", lambda data: re.sub(rb"(?m)^V\t\d+", b"V\t991399", data) +
-                    re.sub(rb"(?m)^(V.*\t)\w+(\tunknown)", rb"\1xyz\2", data))
-        os.remove(self.path("auth/test-ca/index.txt.old"))
-        self.assertEqual(self.make("revoke", "NAME=nobody", status=2).splitlines()[:2],
-                         ["repaired auth/test-ca/index.txt, from the certificates and the CRL issued so far",
-                          "nobody: this CA has issued no such certificate; see auth/test-ca/index.txt"])
+                    re.sub(rb"(?m)^(V.*\t)\w+(\tunknown)", rb"\1xyz\2", data) + b"R\nR\t\t\t\n")
+        self.assertEqual(self.make("revoke", "NAME=nobody", status=2).splitlines()[0],
+                         "NAME=nobody: this CA has issued no certificate for that; see make list")
         self.make("renew")
         self.check_all_is_well()
 
@@ -147,7 +188,7 @@ class Records(Home):
         os.mkdir(self.path(DB1))
         self.make("client-cert", "NAME=laptop8")
         serials = len(self.index())
-        self.assertIn(f"{DB1} NOT renewed: Is a directory\n", self.make("renew", status=2))
+        self.assertIn(f"{DB1} NOT renewed: {DB1}.new: Is a directory\n", self.make("renew", status=2))
         self.assertEqual(len(self.index()), serials + 2)
         os.rmdir(self.path(DB1))
         shutil.rmtree(self.path("auth/test-ca/new_certs"))
@@ -161,18 +202,22 @@ while test $# != 0; do if test "$1" = -out; then : > "$2"; fi; shift; done
 """)
         before = self.listing()
         shutil.rmtree(self.path("auth/test-ca"))
+        for kind in "clients/laptop7", "servers/db1.internal":
+            os.remove(self.path(f"auth/{kind}.crt"))
         for arguments in ["client-cert", "NAME=laptop8"], ["certs"]:
-            self.assertIn("openssl has lost what it wrote, and reports no error: is the disk full?\n", self.make(*arguments, openssl, status=2))
+            self.assertIn("openssl's output is missing although it reported success: is the disk full?\n", self.make(*arguments, openssl, status=2))
         self.assertFalse(os.path.exists(self.path("auth/test-ca/test-ca.cert")))
         self.make("certs", "client-cert", "NAME=laptop8")
         self.assertIn("auth/clients/laptop8.req", set(self.listing()) - set(before))
 
-    def test_a_copy_that_was_cut_short_uses_up_its_serial(self):
+    def test_a_copy_that_was_cut_short_harms_nobody(self):
         for name, content in ("1120.pem", ""), ("1121.pem", "-----BEGIN CERTIFICATE-----\nMII"):
             with open(self.path("auth/test-ca/new_certs/" + name), "w") as file:
                 file.write(content)
         self.make("renew")
-        self.assertEqual(self.index()[-1][3], "1122")
+        for name in "1120.pem", "1121.pem":
+            os.remove(self.path("auth/test-ca/new_certs/" + name))
+        self.check_all_is_well()
 
     def preload(self):
         if not shutil.which("cc"):
@@ -202,6 +247,7 @@ while test $# != 0; do if test "$1" = -out; then : > "$2"; fi; shift; done
             with self.subTest(at_rename=number):
                 self.setUp()
                 self.change("auth/test-ca/crlnumber", lambda data: b"02\n")
+                open(self.path(CRL + ".new"), "w").close()
                 with self.start("renew", f"OPENSSL={preload}CUT={number} openssl") as cut:
                     self.assertEqual(cut.wait(PATIENCE), -signal.SIGKILL)
                 self.assertIn(f"{DB1} until", self.make("renew"))
@@ -238,6 +284,34 @@ class Together(Home):
                 self.assertEqual(process.wait(PATIENCE), 0)
             self.assertNotEqual(self.read("auth/test-ca/index.txt"), before)
 
+    def test_two_makes_in_an_empty_home_make_one_ca_and_who_waits_says_so(self):
+        for name in "test-ca", "clients":
+            shutil.rmtree(self.path("auth/" + name))
+        lock = os.open(self.path("auth"), os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with self.start("certs", output=subprocess.PIPE) as one, self.start("client-cert", "NAME=laptop8", output=subprocess.PIPE) as other:
+            for process in one, other:
+                self.read_to(process, b"waiting for another make, which is at work here")
+            os.close(lock)
+            said = one.communicate(timeout=PATIENCE)[0] + other.communicate(timeout=PATIENCE)[0]
+            self.assertEqual((one.returncode, other.returncode), (0, 0), said)
+        self.assertEqual(said.count(b"auth/test-ca/test-ca.cert is there already, and is kept\n"), 1, said)
+        for certificate in "auth/client.crt", "auth/server.crt", "auth/clients/laptop8.crt":
+            self.verify(certificate)
+
+    def test_ctrl_c_of_one_that_waits_deletes_no_ca(self):
+        lock = os.open(self.path("auth"), os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        certificate = self.read("auth/test-ca/test-ca.cert")
+        os.rename(self.path("auth/test-ca/test-ca.cert"), self.path("kept"))
+        with self.start("certs", output=subprocess.PIPE) as process:
+            self.read_to(process, b"waiting for another make")
+            os.rename(self.path("kept"), self.path("auth/test-ca/test-ca.cert"))
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(PATIENCE)
+        os.close(lock)
+        self.assertEqual(self.read("auth/test-ca/test-ca.cert"), certificate)
+
     def test_an_openssl_that_goes_on_alone_holds_the_lock(self):
         os.mkfifo(self.path("end"))
         openssl = self.false_openssl('if test "$1" = ca; then kill -9 $PPID; read line < end; fi\nexec openssl "$@"\n')
@@ -248,7 +322,8 @@ class Together(Home):
             with open(self.path("end"), "w") as end:
                 end.write("\n")
             self.assertEqual(process.wait(PATIENCE), 0)
-        self.assertEqual([row[3] for row in self.index()], ["1111", "1112", "1113"])
+        self.make("list")
+        self.assertEqual(len(set(self.serials("laptop7"))), 3)
 
     def test_what_ctrl_c_cuts_short_the_next_run_puts_right(self):
         """In the middle of `openssl ca`, which renames its records one by one."""
@@ -285,9 +360,11 @@ class Together(Home):
         before = self.index()
         openssl = self.false_openssl('openssl "$@"; status=$?\nif test "$1" = ca; then : > auth/test-ca/index.txt; fi\nexit $status\n')
         for arguments in ["renew"], ["revoke", "NAME=laptop7"]:
-            self.assertIn("openssl has lost what it wrote, and reports no error: is the disk full?\n", self.make(*arguments, openssl, status=2))
-            self.assertEqual(self.index()[0][3:], before[0][3:])
+            self.make(*arguments, openssl)
             self.verify(LAPTOP7)
+        self.make("crl")
+        self.assertIn(f"Serial Number: {before[0][3]}\n", self.openssl("crl", "-in", CRL, "-noout", "-text"))
+        self.assertEqual({row[0] for row in self.index()}, {"R"})
 
 
 if __name__ == "__main__":
