@@ -69,7 +69,7 @@ list check renew revoke crl:
 
 # For the README's experiments: a second CA, which signs the same requests, and certificates that
 # must not get anybody in.
-alt-certs: auth/alt-client.crt auth/alt-server.crt
+alt-certs: auth/alt-client.crt auth/alt-server.crt auth/alt-leaf.crt
 odd-certs: auth/expired-client.crt auth/expired-server.crt auth/future-client.crt \
     auth/future-server.crt auth/self-signed.crt
 auth/alt-ca/alt-ca.cert:
@@ -80,6 +80,8 @@ auth/alt-%.crt: auth/%.req auth/alt-ca/alt-ca.cert
 	$(call run,$(OPENSSL) ca -config auth/test-ca.conf -name CA_alt -cert auth/alt-ca/alt-ca.cert \
 	    -keyfile auth/alt-ca/alt-ca.key -batch -extensions $*_cert -in $< -days $(DAYS) -out $@ && \
 	    cat auth/alt-ca/alt-ca.cert >> $@)
+auth/alt-leaf.crt: auth/alt-client.crt
+	$(call run,$(OPENSSL) x509 -in auth/alt-client.crt -out $@)
 auth/expired-%.crt: auth/%.req $(CA).cert
 	$(call run,$(OPENSSL) ca -config auth/test-ca.conf -cert $(CA).cert -keyfile $(CA).key -batch -extensions $*_cert \
 	    -in $< -startdate 20200101000000Z -enddate 20200131000000Z -out $@ && cat $(CA).cert >> $@)

@@ -49,6 +49,7 @@ VERIFY = "turned away: certificate verify failed: "
 EXPIRED = "certificate has expired"
 NOT_YET_VALID = "certificate is not yet valid( or the system clock is incorrect)?"
 WRONG_ROLE = "uns(uitable|upported) certificate purpose"
+OWN_WORDS = ["self.signed", WRONG_ROLE, NOT_YET_VALID]
 SECOND_CA = VERIFY + "(self.signed certificate in certificate chain|unable to get local issuer certificate|certificate signature failure)"
 
 
