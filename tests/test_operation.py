@@ -295,7 +295,6 @@ class Rollover(TestCase):
         for request in "client", "server":  # the same keys
             shutil.copy(os.path.join(old, f"auth/{request}.req"), os.path.join(new, "auth"))
             shutil.copy(os.path.join(old, f"auth/{request}.key"), os.path.join(new, "auth"))
-        os.makedirs(os.path.join(new, "auth/clients"))
         shutil.copy(os.path.join(old, "auth/clients/laptop7.req"), os.path.join(new, "auth/clients"))
         make(new, "certs", "client-cert", "crl", "NAME=laptop7")
         machine = {end: temporary_folder() for end in ("client", "server")}
