@@ -31,10 +31,10 @@ class Certificates(TestCase):
     def test_object_identifier_of_4_kB(self):
         files = self.sign("/longoid=x/CN=example.com", "longoid = 1.2." + ".".join(["4294967295"] * 400))
         with Server(files=(CA, *files)) as server:
-            self.assertRefused(client(server.port), "turned away: a certificate that Python cannot decode")
+            self.assertRefused(client(server.port), "turned away: a certificate that cannot be decoded")
         with Server() as server:
             client(server.port, files=(CA, *files))
-            server.wait_for(PEER + "turned away: a certificate that Python cannot decode")
+            server.wait_for(PEER + "turned away: a certificate that cannot be decoded")
 
     def test_a_long_subject_is_cut_and_its_name_stands_first(self):
         files = self.sign("/CN=laptop7" + "".join(f"/OU={'x' * 60}{number}" for number in range(5)))
@@ -94,7 +94,7 @@ class Handshakes(TestCase):
 
     def test_alerts_of_every_name_are_the_other_ends(self):
         names = {48: "unknown ca", 110: "unsupported extension", 111: "certificate unobtainable", 112: "unrecognized name",
-                 113: "bad certificate status response", 114: "bad certificate hash value", 116: "certificate required", 199: "unknown"}
+                 113: "bad certificate status response", 114: "bad certificate hash value", 116: "certificate required", 199: "an alert without a name"}
         with socket.create_server(("127.0.0.1", 0)) as listener:
             def answer():
                 for number in names:

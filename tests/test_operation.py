@@ -189,7 +189,7 @@ class Changing(TestCase):
         subjects = EXAMPLE.replace("example.com", "laptop7") % "Client", r"CN=\\x1b\[31mred\\u202e"
         for options, extension, shown in [(["-set_serial", "0x7f" + "ff" * 200], "", ACCEPTED.replace(r"\w+", "7F{39}", 1) % subjects[0]),
                                           (["-in", subject, "-set_serial", "7"], "", ACCEPTED.replace(r"\w+", "07", 1) % subjects[1]),
-                                          ([], "subjectAltName=DER:30:03:82:01:ff", PEER + "turned away: a certificate that Python cannot decode")]:
+                                          ([], "subjectAltName=DER:30:03:82:01:ff", PEER + "turned away: a certificate that cannot be decoded")]:
             with open(self.path("extensions"), "w") as file:
                 file.write(extension)
             command = ["openssl", "x509", "-req", "-in", "auth/clients/laptop7.req", "-CA", CA, "-CAkey", "auth/test-ca/test-ca.key",
@@ -207,7 +207,7 @@ class Changing(TestCase):
         self.assertEqual(run("openssl", "x509", "-req", "-in", "auth/server.req", "-CA", CA, "-CAkey", "auth/test-ca/test-ca.key", "-days", "1",
                              "-set_serial", "8", "-extfile", "extensions", "-out", "strange.crt", folder=self.folder)[0], 0)
         server = self.serve(files=(CA, "strange.crt", SERVER[1]))
-        self.assertRefused(self.client(server), "turned away: a certificate that Python cannot decode")
+        self.assertRefused(self.client(server), "turned away: a certificate that cannot be decoded")
 
     def test_expired_and_not_yet_valid_at_each_end(self):
         expired = ("auth/expired-server.crt", SERVER[1])

@@ -18,9 +18,9 @@ import threading
 import time
 import unittest
 
-from support import (CA, CLIENT, CONNECTED, EXPIRED, LISTENING, NOT_YET_VALID, PATIENCE, PEER, ROOT, SECOND_CA, SERVER,
+from support import (ALL, CA, CLIENT, CONNECTED, EXPIRED, LISTENING, NOT_YET_VALID, PATIENCE, PEER, ROOT, SECOND_CA, SERVER,
                      SHOWING, TRUSTING, VERIFY, WRONG_ROLE, Process, Project, Server, TestCase, at_terminal_command, client,
-                     client_command, path_with, python, python_after, run, served, temporary_folder, tls_server,
+                     client_command, path_with, python, python_after, run, served, template, temporary_folder, tls_server,
                      wait_until)
 
 
@@ -209,7 +209,7 @@ class Check(TestCase):
             check(f"auth/{name}.crt failed: {VERIFY}{reason}", CA, f"auth/{name}.crt", SERVER[1])
         check(f"auth/client.crt failed: {VERIFY}{WRONG_ROLE}", CA, *CLIENT)
         check("no certificate failed: turned away: [a-z ]+", CA)
-        folder = shutil.copytree(Project.get(), os.path.join(temporary_folder(), "project"), symlinks=True)
+        folder = shutil.copytree(template(ALL), os.path.join(temporary_folder(), "project"))
         with open(os.path.join(folder, "auth/test-ca/crlnumber"), "w") as file:
             file.write("01\n")
         name = os.path.join(folder, "ca.crl")
