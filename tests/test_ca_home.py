@@ -445,7 +445,8 @@ class Judged(Home):
         well = [f"{name} until valid" for name in (CA, CRL, "auth/client.crt", "auth/server.crt", LAPTOP7 + ".crt", DB1 + ".crt")]
         self.assertEqual(check(status=0), well)
         for damages in [
-                [(CA_KEY, lambda data: self.read("auth/alt-ca/alt-ca.key").encode(), f"{CA_KEY} is not the key of {CA}"),
+                [(None, None, well[0]),
+                 (CA_KEY, lambda data: self.read("auth/alt-ca/alt-ca.key").encode(), f"{CA_KEY} is not the key of {CA}"),
                  (None, None, well[1]),
                  ("auth/client.crt", lambda data: self.read("auth/alt-client.crt").encode(),
                   f"auth/client.crt is not signed by {CA}, or one of them has expired"),
@@ -456,7 +457,7 @@ class Judged(Home):
                  ("auth/server.req", lambda data: self.read(DB1 + ".req").encode(), "auth/server.req is a request for db1.internal, not example.com"),
                  (LAPTOP7 + ".req", lambda data: None, well[5]),
                  (None, None, "laptop7 (client) has no request: restore it, or make revoke NAME=laptop7")],
-                [(CA_KEY, lambda data: b"", f"{CA_KEY} cannot be read")],
+                [(None, None, well[0]), (CA_KEY, lambda data: b"", f"{CA_KEY} cannot be read"), (None, None, well[1])],
                 [(CRL, lambda data: None, f"{CRL} is lost: copy the newest from a server to here, or whoever it lists gets in again; "
                   "if no server ever had one, delete auth/test-ca/crlnumber")]]:
             names = [name for name, _, _ in damages if name]
