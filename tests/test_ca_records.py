@@ -104,7 +104,7 @@ class Records(Home):
         self.assertIn(serial + ".pem", os.listdir(self.path("auth/test-ca/revoked")))
         self.make("crl")
         text = self.openssl("crl", "-in", CRL, "-noout", "-text")
-        for one in serial, *self.serials("laptop7"):
+        for one in (serial, *self.serials("laptop7")):
             self.assertIn(f"Serial Number: {one}\n", text)
 
     def test_a_first_list_of_nothing_is_one(self):
