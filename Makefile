@@ -13,13 +13,13 @@ CA_SUBJECT = $(ORGANIZATION)/OU=Trust Me/CN=example.com/emailAddress=postmaster@
 SERVER_NAMES = DNS:example.com, DNS:localhost, IP:127.0.0.1
 CA = auth/test-ca/test-ca
 
-# A CA: its records, its key, and the certificate that it gives itself.
+# Make a CA: its records, its key, and its self-signed certificate.
 $(CA).cert:
 	$(call run,mkdir -p auth/test-ca/new_certs && touch auth/test-ca/index.txt && echo $(SERIAL) > auth/test-ca/serial && \
 	    $(OPENSSL) req -config auth/test-ca.conf -new -x509 -utf8 -extensions ca_cert -subj "$(CA_SUBJECT)" \
 	    -newkey $(NEWKEY) -nodes -days $(CA_DAYS) -keyout $(CA).key -out $@)
 
-# For each end a key, and a request for a certificate, with the names that it is for.
+# Make a key for each end, and a request for a certificate with its names.
 auth/client.req:
 	$(call run,$(OPENSSL) req -config auth/test-ca.conf -new -utf8 -subj "$(ORGANIZATION)/OU=Client/CN=example.com" \
 	    -addext "subjectAltName = DNS:example.com" -newkey $(NEWKEY) -nodes -keyout auth/client.key -out $@)
@@ -27,8 +27,8 @@ auth/server.req:
 	$(call run,$(OPENSSL) req -config auth/test-ca.conf -new -utf8 -subj "$(ORGANIZATION)/OU=Server/CN=example.com" \
 	    -addext "subjectAltName = $(SERVER_NAMES)" -newkey $(NEWKEY) -nodes -keyout auth/server.key -out $@)
 
-# The certificate: the request, signed by the CA, which decides on the role. The CA's certificate goes
-# along: OpenSSL would otherwise look for it, and verify it, anew for each handshake.
+# Issue the certificates; the CA, not the request, decides on the role. The CA's certificate is added,
+# because OpenSSL would otherwise look it up and verify it again in each handshake.
 auth/client.crt: auth/client.req $(CA).cert
 	$(call run,$(OPENSSL) ca -config auth/test-ca.conf -cert $(CA).cert -keyfile $(CA).key -batch \
 	    -extensions client_cert -in auth/client.req -days $(DAYS) -out $@ && cat $(CA).cert >> $@)
@@ -54,7 +54,7 @@ certs: $(CA).cert auth/client.req auth/server.req auth/client.crt auth/server.cr
 	@test "$$QUIET" || printf '%s\n' 'Next: ./server_try $(CA).cert auth/server.crt auth/server.key' \
 	    '      ./client_try $(CA).cert auth/client.crt auth/client.key   # in another terminal'
 
-# Machines of one's own: auth/README.md has how, auth/machines does it. NAME, NAMES and FORCE are read
+# Your own machines: auth/README.md explains how, auth/machines does it. NAME, NAMES and FORCE are read
 # only from make's command line, since some systems have a NAME in the environment.
 given = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
 export GIVEN_NAME = $(call given,NAME)
@@ -118,16 +118,16 @@ fit-openssl:
 	    { echo "OpenSSL 1.1.1 or later, or LibreSSL 3.3 or later, is needed; this is $$($(OPENSSL) version)"; exit 1; }
 
 help:
-	@echo 'make certs                          make a CA, and the certificates of a server and a client'
+	@echo 'make certs                          make a CA, and certificates for a server and a client'
 	@echo 'make demo                           watch a server and a client talk (PORT=0: any free port)'
 	@echo 'make alt-certs odd-certs            make a second CA and bad certificates, for the experiments'
-	@echo 'make server-cert NAME=db1.internal  make or sign a certificate for another server (NAMES="db1 10.0.0.7")'
-	@echo 'make client-cert NAME=laptop7       make or sign a certificate for another client'
+	@echo 'make server-cert NAME=db1.internal  issue a certificate for another server (NAMES="db1 10.0.0.7")'
+	@echo 'make client-cert NAME=laptop7       issue a certificate for another client'
 	@echo 'make list                           show the certificate of each machine'
 	@echo 'make check                          report what is broken or about to expire (for cron)'
 	@echo 'make renew                          sign every request again, and make a new CRL'
 	@echo 'make revoke NAME=laptop7            revoke all its certificates, and make a new CRL'
 	@echo 'make crl                            make a new certificate revocation list (CRL)'
 	@echo 'make test                           run the tests'
-	@echo 'make bench                          measure what connections cost, here and with others'
+	@echo 'make bench                          measure what connections cost, and compare'
 	@echo 'make clean                          delete everything that was generated (FORCE=yes: even a CA in use)'

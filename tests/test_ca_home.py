@@ -65,7 +65,7 @@ class Names(Home):
 
     def test_settings_in_the_environment_do_not_count(self):
         environment = dict(plain_environment(), NAME="laptop7", NAMES="x", FORCE="yes")
-        for goal, says in [("revoke", "NAME=: this CA has issued no certificate for that; see make list"),
+        for goal, says in [("revoke", "a name is missing: NAME=laptop7"),
                            ("server-cert", "a name is missing"), ("clean", "in use")]:
             self.assertIn(says, self.make(goal, environment=environment, status=2))
         self.assertEqual(os.listdir(self.path("auth/test-ca/revoked")), [])
@@ -146,15 +146,15 @@ class Machines(Home):
 
     def test_a_request_that_came_from_another_ca_can_be_given_up(self):
         shutil.rmtree(self.path("auth/test-ca"))
-        self.assertIn("auth/test-ca/test-ca.cert is missing, and there is auth/clients/laptop7.crt", self.make("crl", "certs", status=2) + self.make("certs", status=2))
+        self.assertIn("auth/test-ca/test-ca.cert is missing, but there is auth/clients/laptop7.crt", self.make("crl", "certs", status=2) + self.make("certs", status=2))
         os.remove(self.path(LAPTOP7 + ".crt"))
         os.rename(self.path(DB1 + ".crt"), self.path("kept"))
         self.make("certs")
         os.rename(self.path("kept"), self.path(DB1 + ".crt"))
         other = "server-cert", "NAME=db1.internal", "NAMES=db2"
         self.assertIn("has other names: delete it and run this again, for a new key", self.make(*other, status=2))
-        self.assertIn(f"deleted {DB1}.req, but revoked nothing: {DB1}.crt is of another CA\n", self.make("revoke", "NAME=db1.internal", status=2))
-        self.assertIn("revoked no certificate, but deleted the request\n", self.make("revoke", "NAME=laptop7"))
+        self.assertIn(f"deleted {DB1}.req, but revoked nothing: {DB1}.crt is from another CA\n", self.make("revoke", "NAME=db1.internal", status=2))
+        self.assertIn("revoked laptop7: no certificate, but deleted the request\n", self.make("revoke", "NAME=laptop7"))
         self.make(*other)
         self.assertIn("DNS:db2", self.openssl("x509", "-in", DB1 + ".crt", "-noout", "-text"))
 
@@ -204,12 +204,12 @@ class Machines(Home):
     def test_a_passphrase_on_the_cas_key(self):
         self.openssl("pkey", "-in", CA_KEY, "-aes128", "-passout", "pass:secret", "-out", "encrypted")
         os.replace(self.path("encrypted"), self.path(CA_KEY))
-        self.assertIn(f"{CA_KEY} has a passphrase: not looked at\n", self.make("check"))
-        says = f"{CA_KEY} has a passphrase, and no terminal is here to ask"
+        self.assertIn(f"{CA_KEY} has a passphrase: not checked\n", self.make("check"))
+        says = f"{CA_KEY} has a passphrase, but there is no terminal"
         for goal in "client-cert", "crl":
             self.assertEqual(self.make(goal, "NAME=pc0", status=2).splitlines()[0], says)
-        self.assertIn(f"{DB1}.crt NOT renewed: {says}\n", self.make("renew", status=2))
-        for answer, status, says in (b"secret\n", 0, b"Copy each .crt"), (b"wrong\n", 2, b"wrong passphrase for"):
+        self.assertEqual(self.make("renew", status=2).splitlines()[0], says)
+        for answer, status, says in (b"secret\n", 0, b"Copy each .crt"), (b"wrong\n", 2, b"the passphrase does not fit auth/test-ca/test-ca.key\r\nmake"):
             terminal, other_end = pty.openpty()
             command = [sys.executable, "-c", "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"]
             with subprocess.Popen([*command, *make_command("renew")], cwd=self.folder, env=plain_environment(), stdin=other_end, stdout=other_end,
@@ -230,11 +230,14 @@ class Machines(Home):
     def test_a_ca_that_has_expired_is_called_that(self):
         if not shutil.which("faketime"):
             self.skipTest("faketime is not installed")
-        self.assertIn(f"NOT renewed: {CA} has expired: see A new CA in auth/README.md\n", self.at_another_time("+366d", "renew").stdout.decode())
+        self.assertIn(f"NOT renewed: {CA} has expired: see 'A new CA' in auth/README.md\n", self.at_another_time("+366d", "renew").stdout.decode())
 
-    def test_openssl_says_itself_what_only_it_knows(self):
+    def test_without_the_cas_key_nothing_is_begun(self):
         os.remove(self.path(CA_KEY))
-        self.assertRegex(self.make("renew", status=2), f"{DB1}.crt NOT renewed: openssl ca: (?s:.*){CA_KEY}")
+        for goal in "renew", "crl", "client-cert", "revoke":
+            self.assertEqual(self.make(goal, "NAME=laptop7" if goal == "revoke" else "NAME=pc0", status=2).splitlines()[0],
+                             f"{CA_KEY} is missing, or cannot be read: restore a backup")
+        self.assertTrue(os.path.exists(self.path(LAPTOP7 + ".req")))  # a revocation that fails has not begun
 
     def test_a_list_that_would_forget_somebody_is_not_put_in_its_place(self):
         """An openssl that makes the list as it was before."""
@@ -248,7 +251,7 @@ class Machines(Home):
     def test_renewal_without_a_ca_is_refused(self):
         shutil.rmtree(self.path("auth/test-ca"))
         for goal in "renew", "crl", "list", "check":
-            self.assertEqual(self.make(goal, status=2).splitlines()[0], f"no CA here ({CA}): run make certs first, or restore a backup")
+            self.assertEqual(self.make(goal, status=2).splitlines()[0], f"no CA here ({CA}): run make certs first, or restore a backup; if only that file is lost, each machine has a copy")
 
     def test_a_request_that_is_another_machines_is_not_signed(self):
         self.make("server-cert", "NAME=db2.internal")
@@ -277,12 +280,12 @@ class Machines(Home):
         for arguments in ["renew"], ["crl"], ["client-cert", "NAME=laptop8"], ["check"]:
             done = self.at_another_time("-30d", *arguments)
             self.assertEqual(done.returncode, 2)
-            self.assertEqual(done.stdout.decode().splitlines()[0], f"the clock is wrong, so nothing is done: {CA}, {CRL}, {LAPTOP7}.crt, {DB1}.crt begin later than now; "
+            self.assertEqual(done.stdout.decode().splitlines()[0], f"the clock is wrong, so nothing is done: {CA}, {CRL}, {LAPTOP7}.crt, {DB1}.crt would begin in the future; "
                              "if the clock is right, wait until " + re.search("until (.* GMT), or", done.stdout.decode())[1] + ", or make clean FORCE=yes")
             self.assertEqual(state(), before)
         self.at_another_time("+30d", "client-cert", "NAME=laptop8")
         self.assertEqual(self.make("renew", status=2).splitlines()[0],
-                         "the clock is wrong, so nothing is done: auth/clients/laptop8.crt begin later than now; if the clock is right, delete them, and make renew")
+                         "the clock is wrong, so nothing is done: auth/clients/laptop8.crt would begin in the future; if the clock is right, delete them, and make renew")
 
     def at_another_time(self, shift, *arguments):
         return subprocess.run(["faketime", "-f", shift, *make_command(*arguments)], cwd=self.folder, env=plain_environment(),
@@ -305,7 +308,7 @@ class Machines(Home):
             for name in glob.glob(os.path.join(glob.escape(self.path("auth/test-ca")), lost)):
                 os.remove(name)
             for arguments in ["certs"], ["server-cert", "NAME=db9"]:
-                self.assertIn(f"{CA} is missing, and there is ", self.make(*arguments, status=2))
+                self.assertIn(f"{CA} is missing, but there is ", self.make(*arguments, status=2))
         self.assertEqual(self.read("auth/test-ca/test-ca.key"), before)
 
     def test_all_that_a_machine_ever_had_is_revoked_and_nothing_else(self):
@@ -317,7 +320,7 @@ class Machines(Home):
         for _ in range(2):
             serials = " ".join(self.serials("laptop7"))
             self.assertEqual(self.make("revoke", "NAME=laptop7"),
-                             f"{VALID_LIST}\nrevoked {serials}\n")
+                             f"{VALID_LIST}\nrevoked laptop7: {serials}\n")
             self.assertEqual([row[5].rpartition("=")[2] for row in self.index() if row[0] == "R"], ["laptop7"] * 4)
             before = re.findall("Revocation Date: .*", self.openssl("crl", "-in", CRL, "-noout", "-text"))
         text = self.openssl("crl", "-in", CRL, "-noout", "-text")
@@ -335,7 +338,7 @@ class Machines(Home):
         shutil.copy(self.path("req"), self.path(LAPTOP7 + ".req"))  # as from a backup
         self.openssl("req", "-config", "auth/test-ca.conf", "-new", "-key", "key", "-subj", "/CN=db2", "-out", "auth/servers/db2.req")
         for path in LAPTOP7, "auth/servers/db2":
-            says = f"{path}.req has a key that was revoked: delete {path}.req and {path}.key"
+            says = f"{path}.req has a key that was revoked: make revoke NAME={os.path.basename(path)}, then a new key"
             self.assertIn(f"{path}.crt NOT renewed: {says}\n", self.make("renew", status=2))
             self.assertIn(says + "\n", self.make("check", status=2))
             self.assertIn(says + "\n", self.make("client-cert" if path == LAPTOP7 else "server-cert", f"NAME={os.path.basename(path)}", status=2))
@@ -362,7 +365,7 @@ class Machines(Home):
         said, checked = self.make("renew", status=2), self.make("check", status=2)
         for path, says in [("auth/clients/bob", "auth/clients/bob.req is a request for Users/CN=bob, not bob"),
                            ("auth/clients/ann", "auth/clients/ann.req is a request for ann, bob, not ann"),
-                           ("auth/servers/web5", "auth/servers/web5.req is damaged: its own signature is wrong")]:
+                           ("auth/servers/web5", "auth/servers/web5.req is damaged, for its own signature is wrong: restore it")]:
             self.assertIn(f"{path}.crt NOT renewed: {says}\n", said)
             self.assertIn(says + "\n", checked)
             self.assertFalse(os.path.exists(self.path(path + ".crt")))
@@ -446,19 +449,19 @@ class Judged(Home):
         self.assertEqual(check(status=0), well)
         for damages in [
                 [(None, None, well[0]),
-                 (CA_KEY, lambda data: self.read("auth/alt-ca/alt-ca.key").encode(), f"{CA_KEY} is not the key of {CA}"),
+                 (CA_KEY, lambda data: self.read("auth/alt-ca/alt-ca.key").encode(), f"{CA_KEY} is not the key of {CA}: restore a backup"),
                  (None, None, well[1]),
                  ("auth/client.crt", lambda data: self.read("auth/alt-client.crt").encode(),
                   f"auth/client.crt is not signed by {CA}, or one of them has expired"),
-                 ("auth/server.crt", lambda data: None, "auth/server.crt is missing"),
-                 (LAPTOP7 + ".crt", lambda data: b"junk", f"{LAPTOP7}.crt cannot be read"),
+                 ("auth/server.crt", lambda data: None, "auth/server.crt is missing: make renew"),
+                 (LAPTOP7 + ".crt", lambda data: b"junk", f"{LAPTOP7}.crt cannot be read: make renew"),
                  (DB1 + ".crt", lambda data: self.read("auth/server.crt").encode(), f"{DB1}.crt and its request differ: key")],
                 [(None, None, well[0]), (None, None, well[1]), (None, None, well[2]),
                  ("auth/server.req", lambda data: self.read(DB1 + ".req").encode(), "auth/server.req is a request for db1.internal, not example.com"),
                  (LAPTOP7 + ".req", lambda data: None, well[5]),
                  (None, None, "laptop7 (client) has no request: restore it, or make revoke NAME=laptop7")],
-                [(None, None, well[0]), (CA_KEY, lambda data: b"", f"{CA_KEY} cannot be read"), (None, None, well[1])],
-                [(CRL, lambda data: None, f"{CRL} is lost: copy the newest from a server to here, or whoever it lists gets in again; "
+                [(None, None, well[0]), (CA_KEY, lambda data: b"", f"{CA_KEY} is missing, or cannot be read: restore a backup"), (None, None, well[1])],
+                [(CRL, lambda data: None, f"{CRL} is lost: copy the newest here from a server, or those it lists get in again; "
                   "if no server ever had one, delete auth/test-ca/crlnumber")]]:
             names = [name for name, _, _ in damages if name]
             good = {name: self.read(name) for name in names}
@@ -484,7 +487,7 @@ class Judged(Home):
             self.verify(LAPTOP7 + ".crt", "-purpose", "sslclient")
             self.assertNotEqual(self.read(LAPTOP7 + ".crt"), good)
         self.change(LAPTOP7 + ".req", lambda data: b"junk")
-        self.assertIn(f"{LAPTOP7}.req cannot be read\n", self.make("client-cert", "NAME=laptop7", status=2))
+        self.assertIn(f"{LAPTOP7}.req cannot be read: restore a backup\n", self.make("client-cert", "NAME=laptop7", status=2))
 
 
 if __name__ == "__main__":

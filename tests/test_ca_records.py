@@ -88,7 +88,7 @@ class Records(Home):
             self.change(CRL, lambda data, content=content: content)
             for goal in "renew", "crl", "check", "list", "revoke", "client-cert":
                 self.assertEqual(self.make(goal, "NAME=db1.internal", status=2).splitlines()[0],
-                                 f"{CRL} {what}: copy the newest from a server to here, or whoever it lists gets in again; "
+                                 f"{CRL} {what}: copy the newest here from a server, or those it lists get in again; "
                                  "if no server ever had one, delete auth/test-ca/crlnumber")
             with open(self.path(CRL), "wb") as file:
                 file.write(newest)
@@ -127,7 +127,7 @@ class Records(Home):
             self.change(CRL, lambda data, bad=bad: bad)
             for arguments in commands:
                 self.assertEqual(self.make(*arguments, status=2).splitlines()[0], f"{CRL} cannot be read, or is not signed by auth/test-ca/test-ca.cert: "
-                                 "copy the newest from a server here")
+                                 "copy the newest here from a server")
 
     def test_serial_numbers_come_from_the_clock_or_are_the_next_free_ones(self):
         self.change("auth/test-ca/serial", lambda data: b"1111\n")
@@ -149,7 +149,7 @@ class Records(Home):
         shutil.copytree(self.path("backup"), self.path("auth/test-ca"))
         self.assertIn("recorded auth/clients/laptop8.crt, of which auth/test-ca/new_certs had no copy\n", self.make("client-cert", "NAME=laptop9"))
         self.assertNotEqual(self.serials("laptop9"), [serial])
-        self.assertIn(f"revoked {serial}\n", self.make("revoke", "NAME=laptop8"))
+        self.assertIn(f"revoked laptop8: {serial}\n", self.make("revoke", "NAME=laptop8"))
         newest = self.read(CRL)
         self.assertIn(f"Serial Number: {serial}\n", self.openssl("crl", "-in", CRL, "-noout", "-text"))
         shutil.rmtree(self.path("auth/test-ca"))
@@ -291,11 +291,11 @@ class Together(Home):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with self.start("certs", output=subprocess.PIPE) as one, self.start("client-cert", "NAME=laptop8", output=subprocess.PIPE) as other:
             for process in one, other:
-                self.read_to(process, b"waiting for another make, which is at work here")
+                self.read_to(process, b"waiting for another make that is running here")
             os.close(lock)
             said = one.communicate(timeout=PATIENCE)[0] + other.communicate(timeout=PATIENCE)[0]
             self.assertEqual((one.returncode, other.returncode), (0, 0), said)
-        self.assertEqual(said.count(b"auth/test-ca/test-ca.cert is there already, and is kept\n"), 1, said)
+        self.assertEqual(said.count(b"auth/test-ca/test-ca.cert already exists, and is kept\n"), 1, said)
         for certificate in "auth/client.crt", "auth/server.crt", "auth/clients/laptop8.crt":
             self.verify(certificate)
 

@@ -92,7 +92,7 @@ class Certs(Home):
         before = self.read(CA), self.read("auth/server.key"), self.read(SERVER[0])
         said = self.make("-B", "certs")
         for kept in CA, "auth/client.req", "auth/server.req":
-            self.assertIn(f"{kept} is there already, and is kept\n", said)
+            self.assertIn(f"{kept} already exists, and is kept\n", said)
         self.assertEqual((self.read(CA), self.read("auth/server.key")), before[:2])
         self.assertNotEqual(self.read(SERVER[0]), before[2])
         self.verify(SERVER[0])

@@ -190,7 +190,7 @@ class Lesson(TestCase):
             self.assertEqual(run(*PYTHON, "short_client.py", folder=folder)[:2], (0, "42\n"))
 
     def test_functions_that_are_named_exist(self):
-        named = set(re.findall("`([a-z_]+)`", readme().partition("What these lines lack")[2].partition("##")[0]))
+        named = set(re.findall("`([a-z_]+)`", readme().partition("These lines have faults")[2].partition("##")[0]))
         defined = set()
         for script in "server_try", "client_try":
             with open(os.path.join(ROOT, script), encoding="utf-8") as file:
@@ -353,7 +353,7 @@ class Operator(TestCase):
             subprocess.run(["tar", "-xzf", os.path.join(self.backup, archive)], cwd=restored, check=True)
             self.assertEqual(make(restored, "list"), make(self.home, "list"))
             os.remove(os.path.join(restored, "auth/test-ca/test-ca.crl"))  # as the page's step 2 leaves it out
-            self.assertIn("test-ca.crl is lost: copy the newest from a server to here", make(restored, "renew", status=2))
+            self.assertIn("test-ca.crl is lost: copy the newest here from a server", make(restored, "renew", status=2))
             shutil.copy(machine + "/opt/server_try/test-ca.crl", os.path.join(restored, "auth/test-ca"))
             make(restored, "check")
 
@@ -386,7 +386,7 @@ class Operator(TestCase):
         make(self.home, "server-cert", "NAME=db1.internal", "CA_DAYS=20")
         self.assertRegex(self.shell(cron_commands()[3]), r"(?m)^auth/test-ca/test-ca.cert until .* expires soon$")
         os.unlink(os.path.join(self.home, "auth/test-ca/test-ca.key"))
-        self.assertIn("NOT renewed", self.shell(cron_commands()[0]))
+        self.assertIn("auth/test-ca/test-ca.key is missing, or cannot be read: restore a backup", self.shell(cron_commands()[0]))
 
     def test_unit(self):
         if not shutil.which("systemd-analyze"):
