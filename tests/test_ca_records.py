@@ -72,12 +72,14 @@ class Records(Home):
 
     def test_all_records_are_lost_but_not_the_list(self):
         stolen = self.serials("laptop7")
+        os.remove(self.path(LAPTOP7))  # which would show it again
         for record in RECORDS:
             self.change("auth/test-ca/" + record, lambda data: None)
         for folder in "new_certs", "revoked":
             shutil.rmtree(self.path("auth/test-ca/" + folder))
         self.make("crl")
         self.assertIn("Serial Number: " + stolen[0], self.openssl("crl", "-in", CRL, "-noout", "-text"))
+        self.assertIn(f"revoked, but auth/test-ca/revoked has no copy, so their keys are not known: {stolen[0]}\n", self.make("check"))
 
     def test_the_list_is_lost_or_old(self):
         with open(os.path.join(template(*BEFORE, "revoke NAME=laptop7"), CRL), encoding="utf-8") as file:
@@ -106,6 +108,11 @@ class Records(Home):
         text = self.openssl("crl", "-in", CRL, "-noout", "-text")
         for one in (serial, *self.serials("laptop7")):
             self.assertIn(f"Serial Number: {one}\n", text)
+        os.remove(self.path("auth/servers/db1.internal.req"))
+        said = "db1.internal (server) has a valid certificate for a revoked key: make revoke NAME=db1.internal\n"
+        self.assertIn(said, self.make("check", status=2))  # the one before
+        self.make("revoke", "NAME=db1.internal")
+        self.assertNotIn(said, self.make("check"))
 
     def test_a_first_list_of_nothing_is_one(self):
         shutil.rmtree(self.path("auth"))
