@@ -333,8 +333,14 @@ class Operator(TestCase):
         os.rename(key, key + ".root")  # the service may not read it
         start = unit["ExecStart"].replace("/opt/", machine + "/opt/").replace("0.0.0.0", "127.0.0.1 --port 0")
         self.assertEqual(unit["Type"], "notify")
-        with Process("sh", "-c", f"exec python3 {start}", folder=machine + unit["WorkingDirectory"],
-                     env=dict(self.env, CREDENTIALS_DIRECTORY=credentials)) as server:
+        manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(manager.close)
+        manager.bind(os.path.join(credentials, "notify"))
+        manager.settimeout(PATIENCE)
+        with Process(
+                "sh", "-c", f"exec python3 {start}", folder=machine + unit["WorkingDirectory"],
+                env=dict(self.env, CREDENTIALS_DIRECTORY=credentials, NOTIFY_SOCKET=os.path.join(credentials, "notify"))) as server:
+            self.assertEqual(manager.recv(100), b"READY=1")
             port = int(server.wait_for(LISTENING)[1])
             with open(os.path.join(self.world, "pid"), "w") as file:
                 file.write(str(server.process.pid))
