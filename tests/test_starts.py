@@ -302,7 +302,7 @@ class BadAddresses(TestCase):
         command = ["unshare", "--mount", "--net", "sh", "-c", steps, "sh", folder, *python_after(silent, "client_try", "--host", "db1.internal")]
         begun = time.monotonic()
         self.assertEqual(run(*command, "--timeout", "1", CA), (1, "", "client_try: db1.internal:6420: no answer within 1 s\n"))
-        self.assertLess(time.monotonic() - begun, 5)  # the system's own patience: it asks twice
+        self.assertLess(time.monotonic() - begun, 9)  # the system itself waits 10 s at least: it asks twice
         for number, status in (signal.SIGINT, 130), (signal.SIGTERM, 143):
             with Process(*command, "--timeout", str(PATIENCE), CA) as process:
                 wait_until(lambda: self.looks_up(process.process.pid))
