@@ -153,7 +153,7 @@ class Machines(Home):
         os.rename(self.path("kept"), self.path(DB1 + ".crt"))
         other = "server-cert", "NAME=db1.internal", "NAMES=db2"
         self.assertIn("has other names: delete it and run this again, for a new key", self.make(*other, status=2))
-        self.assertIn(f"deleted {DB1}.req, but revoked nothing: {DB1}.crt is from another CA\n", self.make("revoke", "NAME=db1.internal", status=2))
+        self.assertIn(f"deleted {DB1}.req, but revoked nothing: {DB1}.crt is damaged, or from another CA\n", self.make("revoke", "NAME=db1.internal", status=2))
         self.assertIn("revoked laptop7: no certificate, but deleted the request\n", self.make("revoke", "NAME=laptop7"))
         self.make(*other)
         self.assertIn("DNS:db2", self.openssl("x509", "-in", DB1 + ".crt", "-noout", "-text"))
@@ -231,6 +231,11 @@ class Machines(Home):
         if not shutil.which("faketime"):
             self.skipTest("faketime is not installed")
         self.assertIn(f"NOT renewed: {CA} has expired: see 'A new CA' in auth/README.md\n", self.at_another_time("+366d", "renew").stdout.decode())
+
+    def test_a_key_that_a_full_disk_swallows_is_missed(self):
+        os.symlink("/dev/full", self.path("auth/servers/q.key.new"))
+        self.assertIn("is the disk full?\n", self.make("server-cert", "NAME=q", status=2))
+        self.assertFalse(os.path.exists(self.path("auth/servers/q.req")))
 
     def test_without_the_cas_key_nothing_is_begun(self):
         os.remove(self.path(CA_KEY))
@@ -346,6 +351,10 @@ class Machines(Home):
         self.assertEqual(self.revoked(), revoked)
         os.remove(self.path(LAPTOP7 + ".req"))
         os.remove(self.path("auth/servers/db2.req"))
+        shutil.copy(self.path("key"), self.path("auth/client.key"))
+        self.openssl("req", "-config", "auth/test-ca.conf", "-new", "-key", "key", "-subj", "/CN=example.com", "-out", "auth/client.req")
+        self.assertIn("auth/client.req has a key that was revoked: delete it, and make it again\n", self.make("auth/client.crt", status=2))
+        os.remove(self.path("auth/client.req"))
         self.make("client-cert", "NAME=laptop7")
         self.verify(LAPTOP7 + ".crt", "-crl_check", "-CRLfile", CRL)
 

@@ -217,12 +217,33 @@ while test $# != 0; do if test "$1" = -out; then : > "$2"; fi; shift; done
         self.make("certs", "client-cert", "NAME=laptop8")
         self.assertIn("auth/clients/laptop8.req", set(self.listing()) - set(before))
 
+    def test_two_certificates_with_one_serial_number_are_both_remembered(self):
+        """As an earlier release could make them after a restored backup; here it is the name of a copy."""
+        one = self.serials("db1.internal")[0]
+        shutil.copy(self.path(f"auth/test-ca/new_certs/{one}.pem"), self.path(f"auth/test-ca/revoked/{self.serials('db1.internal')[1]}.pem"))
+        self.make("revoke", "NAME=db1.internal")
+        self.assertEqual(len(self.serials("db1.internal")), 3)
+        self.assertEqual(len(os.listdir(self.path("auth/test-ca/revoked"))), 4)
+
+    def test_what_cannot_make_a_list_leaves_no_sign_of_one_that_was_cut_short(self):
+        os.rename(self.path("auth/test-ca/test-ca.key"), self.path("kept"))
+        self.make("crl", status=2)
+        self.assertFalse(os.path.exists(self.path(CRL + ".new")))
+        os.rename(self.path("kept"), self.path("auth/test-ca/test-ca.key"))
+
+    def test_a_date_with_a_reason_is_kept(self):
+        self.change("auth/test-ca/index.txt", lambda data: data + b"R\t280101000000Z\t261126000000Z,keyCompromise\t20FF\tunknown\t/CN=ann\n")
+        self.make("crl")
+        self.assertRegex(self.openssl("crl", "-in", CRL, "-noout", "-text"), r"Serial Number: 20FF\s+Revocation Date: Nov 26 00:00:00 2026")
+
     def test_a_copy_that_was_cut_short_harms_nobody(self):
         for name, content in ("1120.pem", ""), ("1121.pem", "-----BEGIN CERTIFICATE-----\nMII"):
             with open(self.path("auth/test-ca/new_certs/" + name), "w") as file:
                 file.write(content)
         self.make("renew")
+        said = self.make("check", status=2)
         for name in "1120.pem", "1121.pem":
+            self.assertIn(f"new_certs/{name} cannot be read: restore it, or delete it if its making was cut short\n", said)
             os.remove(self.path("auth/test-ca/new_certs/" + name))
         self.check_all_is_well()
 
