@@ -105,6 +105,18 @@ class Notification(TestCase):
                 manager.setblocking(False)
                 self.assertRaises(BlockingIOError, manager.recv, 100)
 
+    def test_a_manager_that_reads_nothing_holds_nobody_up(self):
+        path = os.path.join(temporary_folder(), "notify")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            manager.bind(path)
+            other.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    other.sendto(b"x", path)
+            with Server(env={**os.environ, "NOTIFY_SOCKET": path}) as server:
+                self.assertEqual(served(server.port), b"42\n")
+                self.assertEqual(server.stop(), 0)
+
     def test_nobody_need_be_at_the_other_end(self):
         for name in "", "/nowhere/at/all", "@nobody", "x" * 200, "relative":
             with Server(env={**os.environ, "NOTIFY_SOCKET": name}) as server:

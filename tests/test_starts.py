@@ -247,6 +247,11 @@ class BadAddresses(TestCase):
         self.assertEqual(status, 2)
         self.assertIn("every address is --host 0.0.0.0, or ::\n", errors)
 
+    def test_an_address_without_its_zone(self):
+        """Which the kernel calls an invalid argument; nobody has asked for a passphrase."""
+        self.assertLine(self.server("--host", "fe80::1", "--port", "0"),
+                        r"server_try: cannot listen on \[fe80::1]:0: (Invalid argument|Cannot assign requested address|Address family .*)\n")
+
     def test_every_address_without_ipv6(self):
         status, _, errors = run(*python_after("import socket; socket.has_dualstack_ipv6 = lambda: False", "server_try", "--host", "::", CA, *SERVER))
         self.assertEqual(status, 1)
