@@ -387,7 +387,7 @@ class Usage(TestCase):
         for arguments in [], ["a", "b"], ["a", "b", "c", "d"]:
             for script in "server_try", "client_try":
                 said = self.check(script, arguments)
-                self.assertEqual("error: CERT and KEY go together: give CA alone, or CA CERT KEY\n" in said, len(arguments) == 2)
+                self.assertEqual("error: CERT and KEY go together: give CA alone, or CA CERT KEY\n" in said, arguments != [])
         self.check("server_try", ["--port", "x", "a"])
         self.check("client_try", ["--what", "a"])
         for option in "--host", "--crl", "--server-name":
