@@ -159,7 +159,7 @@ def path_with(**scripts):
 
 
 class Project:
-    """One copy of the project with both CAs' certificates, made when it is first asked for."""
+    """One copy of the project with both CAs' certificates; what a test has a CA do, it does in a copy of its own."""
 
     folder = None
 

@@ -9,9 +9,9 @@ import socket
 import threading
 import time
 
-from support import (ACCEPTED, CA, CLIENT, EXAMPLE, EXPIRED, NOT_YET_VALID, PATIENCE, PEER, SERVER, SHOWING, TRUSTING, VERIFY, Project, Server,
+from support import (ACCEPTED, ALL, CA, CLIENT, EXAMPLE, EXPIRED, NOT_YET_VALID, PATIENCE, PEER, SERVER, SHOWING, TRUSTING, VERIFY, Server,
                      TestCase, client, connection, copy_project, fill, make, python, receive_all, run, served,
-                     shortened, stuck_connection, temporary_folder, unread, wait_until)
+                     shortened, stuck_connection, template, temporary_folder, unread, wait_until)
 
 CRL = "auth/test-ca/test-ca.crl"
 LAPTOP = ("auth/clients/laptop7.crt", "auth/clients/laptop7.key")
@@ -89,7 +89,7 @@ class Changing(TestCase):
     def setUp(self):
         self.folder = copy_project(os.path.join(temporary_folder(), "clone"))
         shutil.rmtree(os.path.join(self.folder, "auth"))
-        shutil.copytree(os.path.join(Project.get(), "auth"), os.path.join(self.folder, "auth"))
+        shutil.copytree(os.path.join(template(ALL), "auth"), os.path.join(self.folder, "auth"))
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -289,7 +289,7 @@ class Rollover(TestCase):
     """A new CA takes the old one's place, as the README tells it, and no client is ever locked out."""
 
     def test_with_crls(self):
-        old = shutil.copytree(Project.get(), os.path.join(temporary_folder(), "old"))
+        old = shutil.copytree(template(ALL), os.path.join(temporary_folder(), "old"))
         new = copy_project(os.path.join(temporary_folder(), "new"))
         make(old, "client-cert", "crl", "NAME=laptop7")
         for request in "client", "server":  # the same keys

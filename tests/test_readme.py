@@ -13,7 +13,7 @@ import socket
 import subprocess
 import unittest
 
-from support import (ALL, CA, CLIENT, FAST, LISTENING, OWN_WORDS, PATIENCE, PEER, PYTHON, ROOT, Process, Project, Server,
+from support import (ALL, CA, CLIENT, FAST, LISTENING, OWN_WORDS, PATIENCE, PEER, PYTHON, ROOT, Process, Server,
                      TestCase, client_command, copy_project, make, path_with, plain_environment, readme, run, template,
                      temporary_folder, wait_until)
 
@@ -267,12 +267,13 @@ class MakeItYours(TestCase):
             self.assertIn("error: not 1, 5 or 15 minutes", run(*client_command(server.port, "-n", "2"))[2])
 
     def test_only_some_clients(self):
-        make(Project.get(), "client-cert", "NAME=laptop7")
-        make(Project.get(), "client-cert", "NAME=laptop8")
-        with Server(script=self.apply(fenced("diff", readme())[1])) as server:
+        folder = shutil.copytree(template(ALL), os.path.join(temporary_folder(), "clone"))
+        make(folder, "client-cert", "NAME=laptop7")
+        make(folder, "client-cert", "NAME=laptop8")
+        with Server(script=self.apply(fenced("diff", readme())[1]), folder=folder) as server:
             for name, output, says in ("laptop8", "42\n", "answered 1, done"), ("laptop7", "", "turned away: not on the list"):
                 files = CA, f"auth/clients/{name}.crt", f"auth/clients/{name}.key"
-                self.assertEqual(run(*client_command(server.port, files=files))[1], output)
+                self.assertEqual(run(*client_command(server.port, files=files), folder=folder)[1], output)
                 server.wait_for(PEER + says)
             self.assertIn("your certificate is good, but not on my list", run(*client_command(server.port))[2])
 

@@ -20,7 +20,7 @@ import unittest
 
 from support import (ALL, CA, CLIENT, CONNECTED, EXPIRED, LISTENING, NOT_YET_VALID, PATIENCE, PEER, ROOT, SECOND_CA, SERVER,
                      SHOWING, TRUSTING, VERIFY, WRONG_ROLE, Process, Project, Server, TestCase, at_terminal_command, client,
-                     client_command, path_with, python, python_after, run, served, template, temporary_folder, tls_server,
+                     client_command, make, path_with, python, python_after, run, served, template, temporary_folder, tls_server,
                      wait_until)
 
 
@@ -82,11 +82,9 @@ class BadFiles(TestCase):
         self.refused(("der", *SERVER), f"der: {UNREADABLE}{NO_CA}")
 
     def test_a_crl_is_no_ca(self):
-        with open(os.path.join(self.folder, "auth/test-ca/crlnumber"), "w") as file:
-            file.write("01\n")
-        status, _, errors = run("openssl", "ca", "-config", "auth/test-ca.conf", "-cert", CA, "-keyfile", CA[:-4] + "key",
-                                "-gencrl", "-out", "a.crl")
-        self.assertEqual(status, 0, errors)
+        folder = shutil.copytree(template(ALL), os.path.join(temporary_folder(), "project"))
+        make(folder, "crl")
+        os.rename(os.path.join(folder, CA[:-4] + "crl"), os.path.join(self.folder, "a.crl"))
         self.refused(("a.crl", *SERVER), "a.crl: not a CA certificate, or not only that" + NO_CA)
         self.refused(("--crl", CA, CA, *SERVER), rf"{CA}: not a CRL, or not only that; wanted: a list of revoked certificates \(CRL\) in PEM form")
 
