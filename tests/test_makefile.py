@@ -50,7 +50,7 @@ class Clone(Home):
         before = self.listing()
         with self.start("certs", "NEWKEY=rsa:16384", output=subprocess.PIPE) as process:
             self.read_to(process, b"mkdir -p auth/test-ca")
-            while process.poll() is None:  # make blocks the signal for the instant in which it starts a command
+            while not self.gone(process.pid):  # a process that is just being started can escape a signal
                 with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                     os.killpg(process.pid, signal.SIGINT)
                     process.wait(0.5)
