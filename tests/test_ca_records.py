@@ -167,6 +167,24 @@ class Records(Home):
         self.assertIn(f"{serial}.pem", os.listdir(self.path("auth/test-ca/revoked")))
         self.assertIn(f"Serial Number: {serial}\n", self.openssl("crl", "-in", CRL, "-noout", "-text"))
 
+    def test_a_delivered_certificate_that_is_there_twice_is_recorded_once(self):
+        """After its revoked copy was lost: that comes back whole, and its key is not signed again."""
+        shutil.copy(self.path("auth/clients/laptop7.key"), self.path("key"))
+        serial, = self.serials("laptop7")
+        os.remove(self.path(f"auth/test-ca/revoked/{serial}.pem"))
+        shutil.copy(self.path(LAPTOP7), self.path("auth/clients/laptop7-copy.crt"))
+        for _ in range(2):
+            self.make("list")
+            self.assertIn("BEGIN CERTIFICATE", self.read(f"auth/test-ca/revoked/{serial}.pem"))
+        os.remove(self.path(LAPTOP7))
+        os.remove(self.path("auth/clients/laptop7-copy.crt"))
+        self.openssl("req", "-config", "auth/test-ca.conf", "-new", "-key", "key", "-subj", "/CN=pc0", "-out", "auth/clients/pc0.req")
+        self.assertIn("has a key that was revoked", self.make("client-cert", "NAME=pc0", status=2))
+
+    def test_what_is_no_file_holds_nobody_up(self):
+        os.mkfifo(self.path("auth/clients/f.crt"))
+        self.assertIn("f client auth/clients/f.crt is not a file: make renew\n", self.make("list"))
+
     def test_a_copy_is_what_it_says_and_not_what_its_name_says(self):
         for name in "laptop7", "db1.internal":
             for folder in "new_certs", "revoked":
