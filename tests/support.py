@@ -107,6 +107,10 @@ def template(*commands):
     return folder
 
 
+def stuck(*_):
+    raise AssertionError("the test was stuck")
+
+
 def wait_until(condition, seconds=PATIENCE):
     """Wait until condition() is true; fail if that takes longer."""
     deadline = time.monotonic() + seconds
@@ -424,9 +428,18 @@ def reset(sock):
 
 
 class TestCase(unittest.TestCase):
-    """Shows long texts whole, and has the assertion that most tests need."""
+    """Shows long texts whole, gives up a test that is stuck, and has the assertion that most tests need."""
 
     maxDiff = None
+
+    def run(self, result=None):
+        """Run the test as unittest does, but for ten minutes at the most: then whatever it waits for raises."""
+        signal.signal(signal.SIGALRM, stuck)
+        signal.setitimer(signal.ITIMER_REAL, 10 * PATIENCE, PATIENCE)  # again, for where its cleaning up is stuck, too
+        try:
+            return super().run(result)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def assertLine(self, line, pattern):
         """A line is the pattern from end to end."""
