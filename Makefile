@@ -11,7 +11,7 @@ PORT = 6420
 ORGANIZATION = /C=NZ/ST=Waikato/L=Hamilton/O=MegaCorp Inc
 CA_SUBJECT = $(ORGANIZATION)/OU=Trust Me/CN=example.com/emailAddress=postmaster@example.com
 SERVER_NAMES = DNS:example.com, DNS:localhost, IP:127.0.0.1
-CA = auth/test-ca/test-ca
+override CA = auth/test-ca/test-ca
 
 # Make a CA: its records, its key, and its self-signed certificate.
 $(CA).cert:
@@ -45,7 +45,7 @@ endef
 .DEFAULT_GOAL := help
 $(if $(filter 3.7% 3.80,$(MAKE_VERSION)),$(error GNU make 3.81 or later is needed; this is $(MAKE_VERSION)))
 .DELETE_ON_ERROR:
-.PRECIOUS: $(CA).cert
+.PRECIOUS: $(CA).cert auth/client.req auth/server.req auth/client.crt auth/server.crt
 .NOTPARALLEL:
 .PHONY: help certs alt-certs odd-certs server-cert client-cert list check renew revoke crl
 .PHONY: demo test bench clean fit-openssl

@@ -514,7 +514,7 @@ class Home(TestCase):
     def serials(self, name):
         """Return the serial numbers of all certificates that a name ever had, by the copies in the CA's home."""
         found = []
-        for copy in sorted(glob.glob(glob.escape(self.path("auth/test-ca")) + "/*/*.pem")):
+        for copy in sorted(glob.glob(glob.escape(self.path("auth/test-ca")) + "/[nr]e*/*.pem")):  # new_certs, revoked
             text = run("openssl", "x509", "-in", copy, "-noout", "-serial", "-subject", "-nameopt", "sname,utf8,sep_multiline")[1]
             if f"CN={name}\n" in text:
                 found.append(re.search("serial=(\\w+)", text)[1])
