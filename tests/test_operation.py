@@ -113,6 +113,7 @@ class Changing(TestCase):
         with connection(server.port) as tls:
             make(self.folder, "renew")
             self.assertIn(first.splitlines()[0], self.client(server)[2])
+            wait_until(lambda: server.log().count("answered 1, done") == 2)
             self.reload(server, "reloaded")
             self.assertLine(server.log(), f"{TRUSTING}\n{SHOWING}\nreloaded")
             status, output, errors = self.client(server)

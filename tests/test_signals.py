@@ -229,6 +229,12 @@ class Threads(TestCase):
 
     def test_too_few_threads_at_the_start_are_one_line(self):
         few = FEW_THREADS.replace("range(9)", "range(3)")
-        status, _, errors = run(*python_after(few, "server_try", "--port", "0", CA, *SERVER))
-        self.assertEqual(status, 1)
+        path = os.path.join(temporary_folder(), "notify")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(path)
+            status, _, errors = run(*python_after(few, "server_try", "--port", "0", CA, *SERVER), env={**os.environ, "NOTIFY_SOCKET": path})
+            self.assertEqual(status, 1)
+            self.assertNotIn("listening", errors)
+            manager.setblocking(False)
+            self.assertRaises(BlockingIOError, manager.recv, 100)
         self.assertEqual(errors.splitlines()[-1], "server_try: can't start new thread")
