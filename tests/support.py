@@ -54,7 +54,7 @@ SECOND_CA = VERIFY + "(self.signed certificate in certificate chain|unable to ge
 
 
 def copy_project(folder):
-    """Copy to a new folder what a clone has, and return its name."""
+    """Copy to a new folder what the tests use of a clone, and return its name."""
     for name in ("auth/clients", "auth/servers", "tests"):
         os.makedirs(os.path.join(folder, name))
     for name in ("server_try", "client_try", "Makefile", "README.md", "auth/README.md", "auth/test-ca.conf", "auth/machines", "tests/demo",
@@ -116,7 +116,7 @@ def wait_until(condition, seconds=PATIENCE):
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError("it does not come to pass")
+            raise AssertionError("the condition did not become true in time")
         time.sleep(0.02)
 
 
@@ -134,7 +134,7 @@ def shortened(script, **constants):
 
 
 def mistaken():
-    """Return the path of a server_try with a mistake, as a reader might make it who changes plus_one: it falls over 13."""
+    """Return the path of a server_try with a bug, as somebody changing plus_one might add: 13 crashes it."""
     with open(os.path.join(ROOT, "server_try"), encoding="utf-8") as file:
         before, line, after = file.read().partition('    return b"%d\\n" % (int(request) + 1)\n')
     assert line
@@ -218,7 +218,7 @@ class Process:
 
     @contextlib.contextmanager
     def halted(self):
-        """The process stands still meanwhile: it finds what has been done when all of it has been."""
+        """Stop the process for the body of a with statement; it sees only the final result."""
         self.process.send_signal(signal.SIGSTOP)
         os.waitpid(self.process.pid, os.WUNTRACED)  # which returns when it has stopped
         yield
@@ -252,7 +252,7 @@ class Server(Process):
             self.__exit__()
             raise
 
-    def stop(self, number=15):
+    def stop(self, number=signal.SIGTERM):
         self.process.send_signal(number)
         return self.end()
 
@@ -292,7 +292,7 @@ def run(*command, folder=None, **options):
 
 
 def tls_context(protocol, certificate, folder=None):
-    """Return a context of the ssl module as the scripts have it, with its verification on."""
+    """Return a context of the ssl module that verifies its peer, and has the scripts' group."""
     folder = folder or Project.get()
     context = ssl.SSLContext(protocol)
     context.verify_mode = ssl.CERT_REQUIRED
@@ -332,7 +332,7 @@ def served(port, certificate=CLIENT, folder=None):
 
 @contextlib.contextmanager
 def stuck_connection(port):
-    """An authenticated connection that asks and reads nothing, until no more goes in."""
+    """An authenticated connection that sends requests until no more go in, and reads nothing."""
     with socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.connect(("127.0.0.1", port))
@@ -347,11 +347,9 @@ def stuck_connection(port):
 def receive_all(tls):
     """Read to the end of a connection; a reset fails the test."""
     parts = []
-    while True:
-        part = tls.recv(65536)
-        if not part:
-            return b"".join(parts)
+    while part := tls.recv(65536):
         parts.append(part)
+    return b"".join(parts)
 
 
 @contextlib.contextmanager
@@ -380,7 +378,7 @@ def fill(writer):
 
 
 class Relay:
-    """Passes connections on to a port, except for what a function of the server's bytes makes of them.
+    """Passes connections on to a port; a function may change or cut what the server sends.
 
     treat(data, passed, client) gets bytes from the server, how many came before, and the client's
     socket; it returns what to pass on, or raises ConnectionError to cut the connection.
@@ -428,14 +426,14 @@ def reset(sock):
 
 
 class TestCase(unittest.TestCase):
-    """Shows long texts whole, gives up a test that is stuck, and has the assertion that most tests need."""
+    """Shows long texts whole, gives up a test that is stuck, and has the assertions that most tests need."""
 
     maxDiff = None
 
     def run(self, result=None):
         """Run the test as unittest does, but for ten minutes at the most: then whatever it waits for raises."""
         signal.signal(signal.SIGALRM, stuck)
-        signal.setitimer(signal.ITIMER_REAL, 10 * PATIENCE, PATIENCE)  # again, for where its cleaning up is stuck, too
+        signal.setitimer(signal.ITIMER_REAL, 10 * PATIENCE, PATIENCE)  # and again, in case its cleanup is stuck, too
         try:
             return super().run(result)
         finally:
@@ -527,7 +525,7 @@ class Home(TestCase):
 
     @staticmethod
     def gone(group):
-        """Tell whether a process group is empty, but for ended processes that nobody has waited for."""
+        """Tell whether a process group is empty, apart from zombies."""
         try:
             os.killpg(group, 0)
         except ProcessLookupError:

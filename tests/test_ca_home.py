@@ -213,7 +213,7 @@ class Machines(Home):
         self.assertEqual(self.make("auth/client.req", "auth/client.crt", status=2).splitlines()[-2], says)
         interrupted = self.false_openssl('if test "$1" = ca; then kill -INT 0; fi\nexec openssl "$@"\n')
         for answer, status, says, *more in [(b"secret\n", 0, b"Copy each .crt"), (b"secret\n", -signal.SIGINT, b"make: ", interrupted),
-                                            (b"wrong\n", 2, b"the passphrase does not fit auth/test-ca/test-ca.key\r\nmake")]:
+                                            (b"wrong\n", 2, b"wrong passphrase for auth/test-ca/test-ca.key\r\nmake")]:
             terminal, other_end = pty.openpty()
             command = [sys.executable, "-c", "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"]
             with subprocess.Popen([*command, *make_command("renew", *more)], cwd=self.folder, env=plain_environment(), stdin=other_end, stdout=other_end,
@@ -495,7 +495,7 @@ class Judged(Home):
                  (LAPTOP7 + ".req", lambda data: None, well[5]),
                  (None, None, "laptop7 (client) has no request: restore it, or make revoke NAME=laptop7")],
                 [(None, None, well[0]), (CA_KEY, lambda data: b"", f"{CA_KEY} is missing, or cannot be read: restore a backup"), (None, None, well[1])],
-                [(CRL, lambda data: None, f"{CRL} is lost: copy the newest here from a server, or those it lists get in again; "
+                [(CRL, lambda data: None, f"{CRL} is lost: copy the newest here from a server, or else those it lists get in again; "
                   "if no server has a newer one, delete auth/test-ca/crlnumber")]]:
             names = [name for name, _, _ in damages if name]
             good = {name: self.read(name) for name in names}

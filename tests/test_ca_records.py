@@ -91,7 +91,7 @@ class Records(Home):
             self.change(CRL, lambda data, content=content: content)
             for goal in "renew", "crl", "check", "list", "revoke", "client-cert":
                 self.assertEqual(self.make(goal, "NAME=db1.internal", status=2).splitlines()[0],
-                                 f"{CRL} {what}: copy the newest here from a server, or those it lists get in again; "
+                                 f"{CRL} {what}: copy the newest here from a server, or else those it lists get in again; "
                                  "if no server has a newer one, delete auth/test-ca/crlnumber")
             with open(self.path(CRL), "wb") as file:
                 file.write(newest)
