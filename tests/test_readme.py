@@ -114,7 +114,7 @@ class Lesson(TestCase):
         """Start a server; … stands for what it says at every start."""
         self.stop()
         self.server = Process("sh", "-c", "exec " + lines[0][2:], folder=self.folder, env=self.env)
-        self.seen = 0
+        self.seen = self.clients = 0
         self.env["SERVER"] = str(self.server.process.pid)
         if lines[1:] != ["…"]:
             return self.server_says(number + 1, lines[1:])
@@ -136,6 +136,8 @@ class Lesson(TestCase):
         """Stop the server."""
         if self.server:
             with self.server:
+                # A client may end before the server has said how it went.
+                wait_until(lambda: len(re.findall(rf"(?m)^{PEER}(?:answered|turned|hung up)", self.server.log())) >= self.clients)
                 self.server.process.send_signal(signal.SIGINT)
                 self.assertEqual(self.server.end(), 0)
                 # It says how a connection ended a moment before it stops counting it.
@@ -150,6 +152,7 @@ class Lesson(TestCase):
             self.start(number, ["$ " + command.strip("`"), "…"])
             command = "./client_try $CA auth/client.crt auth/client.key"
         said = shell(command.strip("`"), self.folder, self.env)[1].splitlines()[-1]
+        self.clients += 1
         if not matches(["client_try: HOST:PORT: " + client_says], [said]):
             self.wrong(number, [client_says], [said])
         self.assertEqual({said.partition(":")[0] for said in (client_says, server_says)}, {"turned away", "turned us away"})
@@ -160,6 +163,7 @@ class Lesson(TestCase):
         for start, end in zip(starts, starts[1:]):
             command, shown = lines[start][2:], lines[start + 1:end]
             said = shell(command, self.folder, self.env)[1].splitlines()
+            self.clients += command.startswith("./client_try")
             if not matches(shown, said):
                 self.wrong(number + start + 1, shown, said)
 
