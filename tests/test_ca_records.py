@@ -184,7 +184,7 @@ class Records(Home):
 
     def test_what_is_no_file_holds_nobody_up(self):
         os.mkfifo(self.path("auth/clients/f.crt"))
-        self.assertIn("f client auth/clients/f.crt is not a file: make renew\n", self.make("list"))
+        self.assertIn("f client auth/clients/f.crt cannot be read: make renew\n", self.make("list"))
 
     def test_a_copy_is_what_it_says_and_not_what_its_name_says(self):
         for name in "laptop7", "db1.internal":
@@ -262,8 +262,13 @@ while test $# != 0; do if test "$1" = -out; then : > "$2"; fi; shift; done
         self.make("renew")
         said = self.make("check", status=2)
         for name in "1120.pem", "1121.pem":
-            self.assertIn(f"new_certs/{name} cannot be read: restore it, or delete it if its making was cut short\n", said)
-            os.remove(self.path("auth/test-ca/new_certs/" + name))
+            self.assertIn(f"new_certs/{name} cannot be read: restore it, or move it to auth/test-ca/revoked, and make crl\n", said)
+        self.assertIn("auth/test-ca/new_certs/1120.pem cannot be read, and may have been for laptop7, too: restore it, or move it to auth/test-ca/revoked, "
+                      "and make crl\n", self.make("revoke", "NAME=laptop7", status=2))
+        for name in "1120.pem", "1121.pem":
+            os.rename(self.path("auth/test-ca/new_certs/" + name), self.path("auth/test-ca/revoked/" + name))
+        self.make("crl")
+        self.assertRegex(self.openssl("crl", "-in", CRL, "-noout", "-text"), r"(?s)Serial Number: 1120\n.*Serial Number: 1121\n")
         self.check_all_is_well()
 
     def preload(self):
