@@ -10,8 +10,8 @@ import subprocess
 import time
 
 from support import (CA, LISTENING, PATIENCE, SERVER, TRUSTING, Process, Project, Server, TestCase,
-                     at_terminal_command, client, client_command, connection, fill, python, python_after, run,
-                     served, shortened, temporary_folder, unread, wait_until)
+                     at_terminal_command, client, client_command, connection, fill, mistaken, python, python_after,
+                     run, served, shortened, stuck_connection, temporary_folder, unread, wait_until)
 
 # A limit on threads, as under systemd's TasksMax=.
 FEW_THREADS = """
@@ -139,6 +139,15 @@ class Reloading(TestCase):
                 self.assertEqual(server.end(), 0)
                 os.remove(ca)
 
+    def test_a_stop_that_comes_with_a_reload_is_a_whole_one(self):
+        with Server(script=shortened("server_try", STOP_SECONDS=1)) as server, stuck_connection(server.port):
+            for number in signal.SIGSTOP, signal.SIGHUP, signal.SIGTERM, signal.SIGCONT:
+                server.process.send_signal(number)
+            server.wait_for("stopping, connections: 1")
+            server.process.terminate()  # a second one changes nothing
+            self.assertEqual(server.end(), 0)
+            self.assertTrue(server.log().endswith("stopped\n"), server.log())
+
     def test_sigterm_while_a_reload_writes_to_a_log_that_nobody_reads(self):
         with unread(python(shortened("server_try", STOP_SECONDS=1), "--port", "0", CA, *SERVER)) as (process, _, _, writer):
             fill(writer)
@@ -226,6 +235,20 @@ class Threads(TestCase):
             server.process.terminate()
             self.assertEqual(server.end(), 0)
             self.assertNotIn("Traceback", server.log())
+
+    def test_a_thread_is_tried_for_again_where_all_others_have_died_of_a_mistake(self):
+        few = FEW_THREADS.replace("if not left:", "if threading.active_count() > 9:").replace("    left.pop()\n", "")
+        with Process(*python_after(few, mistaken(), "--port", "0", CA, *SERVER)) as server:
+            port = int(server.wait_for(LISTENING)[1])
+            with contextlib.ExitStack() as stack:
+                eight = [stack.enter_context(connection(port)) for _ in range(8)]
+                stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                server.wait_for("cannot serve more clients at once for now: can't start new thread")
+                for tls in eight:
+                    tls.sendall(b"13\n")
+                for _ in eight:
+                    server.wait_for("NameError: .*")
+                self.assertEqual(served(port), b"42\n")
 
     def test_too_few_threads_at_the_start_are_one_line(self):
         few = FEW_THREADS.replace("range(9)", "range(3)")

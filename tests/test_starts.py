@@ -77,6 +77,9 @@ class BadFiles(TestCase):
 
     def test_key_of_another_certificate(self):
         self.refused((CA, SERVER[0], CLIENT[1]), f"{SERVER[0]} and {CLIENT[1]}: the key does not belong to the certificate{NO_PAIR}")
+        another = os.path.join(self.folder, "rsa.key")  # the certificate has a key of another type
+        self.assertEqual(run("openssl", "genrsa", "-out", another, "2048")[0], 0)
+        self.refused((CA, SERVER[0], another), f"{SERVER[0]} and {another}: the key does not belong to the certificate{NO_PAIR}")
 
     def test_der_where_pem_is_wanted(self):
         self.assertEqual(run("openssl", "x509", "-in", CA, "-outform", "DER", "-out", "der")[0], 0)
@@ -87,6 +90,11 @@ class BadFiles(TestCase):
         make(folder, "crl")
         os.rename(os.path.join(folder, CA[:-4] + "crl"), os.path.join(self.folder, "a.crl"))
         self.refused(("a.crl", *SERVER), "a.crl: not a CA certificate, or not only that" + NO_CA)
+        with open(os.path.join(self.folder, "both"), "w") as both:  # a list there would not be looked at
+            for file in os.path.join(folder, CA), os.path.join(self.folder, "a.crl"):
+                with open(file) as part:
+                    both.write(part.read())
+        self.refused(("both", *SERVER), "both: not a CA certificate, or not only that" + NO_CA)
         self.refused(("--crl", CA, CA, *SERVER), rf"{CA}: not a CRL, or not only that; wanted: a list of revoked certificates \(CRL\) in PEM form")
 
     def test_a_ca_certificate_that_python_cannot_decode(self):
