@@ -103,10 +103,13 @@ class Names(Home):
             self.change("Makefile", lambda data, setting=setting: re.sub(rb"(?m)^ORGANIZATION .*", setting.encode().replace(b"\\", b"\\\\"), data))
             said = self.make("client-cert", "NAME=pc0", status=2 if refused else 0)
             if refused:
-                self.assertEqual(said.splitlines()[0], f"Makefile: {setting}: write \\# for #; $ is not allowed")
+                self.assertEqual(said.splitlines()[0], f"Makefile: {setting}: write \\# for #; $ and a final \\ are not allowed")
         self.assertRegex(self.openssl("x509", "-in", "auth/clients/pc0.crt", "-noout", "-subject"), "O ?= ?C# Consulting, ")
         self.make("auth/client.crt", "CA_SUBJECT=/O=B\u00e4ckerei M\u00fcller/CN=B\u00e4ckerei M\u00fcller CA", "ORGANIZATION=/O=B\u00e4ckerei M\u00fcller")
         self.assertIn("O=B\u00e4ckerei M\u00fcller,", self.openssl("x509", "-in", "auth/client.crt", "-noout", "-subject", "-nameopt", "sep_comma_plus,utf8,sname"))
+
+        self.change("Makefile", lambda data: re.sub(rb"(?m)^ORGANIZATION .*", b"ORGANIZATION = /O=A \\\\\n C# Ltd", data))
+        self.assertIn("Makefile: ORGANIZATION = /O=A \\: write ", self.make("client-cert", "NAME=pc0", status=2))
 
     def test_days_that_are_none_are_refused(self):
         for setting in "DAYS=x", "DAYS=0", "CRL_DAYS=":
@@ -404,9 +407,8 @@ class Machines(Home):
         self.assertIn("For eve (\\x1b[2K\\rFor eve (eve, bank.internal): ", self.make("client-cert", "NAME=eve"))
         self.openssl("req", "-config", "auth/test-ca.conf", "-new", "-newkey", "rsa:2048", "-nodes", "-keyout", "elsewhere.key", "-subj", "/CN=odd",
                      "-addext", "1.2.3.4.5 = critical, ASN1:UTF8:x", "-out", "auth/clients/odd.req")
-        copies = os.listdir(self.path("auth/test-ca/new_certs"))
-        self.assertIn(f"auth/clients/odd.crt does not verify with {CA}: unhandled critical extension\n", self.make("client-cert", "NAME=odd", status=2))
-        self.assertEqual(os.listdir(self.path("auth/test-ca/new_certs")), copies)  # what does not verify is not issued
+        for goal in "client-cert", "renew", "check":
+            self.assertIn("auth/clients/odd.req asks for more than names: make a new one\n", self.make(goal, *["NAME=odd"][:goal == "client-cert"], status=2))
 
     @staticmethod
     def damaged(data):
@@ -550,6 +552,36 @@ class Hostile(Home):
             file.write(ssl.DER_cert_to_PEM_cert(request).replace("CERTIFICATE", "CERTIFICATE REQUEST"))
         self.assertIn("For ms (db1.internal): ", self.make("client-cert", "NAME=ms"))
 
+    def test_a_request_decides_neither_the_text_nor_the_encoding_of_its_certificate(self):
+        """A comment would be printed before the certificate as it is; openssl reads BER where DER is due."""
+        old = self.read(f"auth/test-ca/new_certs/{self.serials('laptop7')[0]}.pem")
+        encoded = "16" + "82%04x" % len("\n" + old) + ("\n" + old).encode().hex()
+        name = "db1.internal".encode().hex()
+        for number, extension in enumerate([f"nsComment = DER:{encoded}", "crlDistributionPoints = URI:http://x/", f"subjectAltName = DER:3080820c{name}0000",
+                                            f"subjectAltName = DER:3010a20e160c{name}", f"subjectAltName = DER:3012a280160c{name}0000"]):
+            self.request("auth/clients/odd.req", "/CN=odd", "-addext", extension)
+            says = "auth/clients/odd.req " + ("asks for more than names: make a new one" if number < 2 else "cannot be read: restore a backup")
+            before = self.copies()
+            self.assertEqual(self.make("client-cert", "NAME=odd", status=2).splitlines()[0], says)
+            self.assertEqual(self.copies(), before)
+        shutil.copy(self.path("auth/clients/odd.req"), self.path("auth/client.req"))
+        self.make("certs", status=2)
+        self.assertTrue(self.read(LAPTOP7 + ".crt").startswith("-----BEGIN CERTIFICATE-----\n"))  # no text that a reader could be misled by
+
+    def test_a_certificate_of_the_pair_that_a_full_disk_cuts_is_missed(self):
+        openssl = self.false_openssl('openssl "$@" || exit\ntest "$1" != ca || { head -c 300 auth/client.crt.new > cut; cat cut > auth/client.crt.new; }\n')
+        self.assertIn("auth/client.crt was not written whole: is the disk full?\n", self.make("certs", openssl, status=2))
+        self.assertFalse(os.path.exists(self.path("auth/client.crt")))
+
+    def test_one_bad_file_stops_nothing_else(self):
+        os.mkfifo(self.path("auth/clients/pipe.req"))
+        self.assertIn("pipe.crt NOT renewed: auth/clients/pipe.req is damaged, ", self.make("renew", status=2))
+        self.assertIn("auth/clients/pipe.req is damaged, ", self.make("check", status=2))
+        self.make("crl")
+        os.remove(self.path("auth/clients/pipe.req"))
+        os.symlink("loop.crt", self.path("auth/clients/loop.crt"))  # cannot be opened, even by root
+        self.make("renew")
+
     def test_forged_certificates_are_no_evidence(self):
         serial = int(self.serials("laptop7")[0], 16)
         self.make("revoke", "NAME=laptop7")
@@ -575,10 +607,16 @@ class Hostile(Home):
             self.assertEqual(subprocess.run(ahead, cwd=self.folder, env=plain_environment(), stdout=subprocess.DEVNULL).returncode, 0)
         with open(self.path("auth/clients/mallory.crt"), "w") as file:
             file.write(self.forge("mallory"))
+        ahead = ["faketime", "-f", "+3000d", "openssl", "req", "-x509", "-config", "auth/test-ca.conf", "-newkey", "rsa:2048", "-nodes",
+                 "-keyout", "forged.key", "-subj", "/CN=eve", "-out", "auth/clients/eve.crt"]
+        self.assertEqual(subprocess.run(ahead, cwd=self.folder, stderr=subprocess.DEVNULL).returncode, 0)
+        shutil.copy(self.path(LAPTOP7 + ".req"), self.path("auth/clients/eve.req"))
         self.assertIn("begin in the future", self.make("check", status=2))
-        self.make("renew", "FORCE=yes")
-        for goal in "check", "crl":
-            self.make(goal)
+        self.make("renew", "FORCE=yes", status=2)
+        self.make("crl")
+        for name in "eve.req", "eve.crt":
+            os.remove(self.path(f"auth/clients/{name}"))
+        self.make("check")
 
     def test_no_name_of_a_request_reads_like_a_good_line_or_a_command(self):
         for name in "is valid", "x;touch PWNED", "x until Jan  1 00:00:00 2030 GMT valid":
