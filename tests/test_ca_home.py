@@ -404,7 +404,9 @@ class Machines(Home):
             self.assertFalse(os.path.exists(self.path(path + ".crt")))
         self.assertNotIn("web4", said)
         request("auth/clients/eve.req", "/CN=eve", "DNS:bank.internal", "DNS:\x1b[2K\rFor eve (eve")
-        self.assertIn("For eve (\\x1b[2K\\rFor eve (eve, bank.internal): ", self.make("client-cert", "NAME=eve"))
+        self.assertIn("auth/clients/eve.req: DNS=\\x1b[2K\\rFor eve (eve: only letters, ", self.make("client-cert", "NAME=eve", status=2))
+        request("auth/clients/eve.req", "/CN=eve", "DNS:10.0.0.7", "email:eve@internal")
+        self.assertRegex(self.make("client-cert", "NAME=eve", status=2), "eve.req: (DNS:10.0.0.7|129:eve@internal): only names of machines and IP addresses|129=eve@")
         self.openssl("req", "-config", "auth/test-ca.conf", "-new", "-newkey", "rsa:2048", "-nodes", "-keyout", "elsewhere.key", "-subj", "/CN=odd",
                      "-addext", "1.2.3.4.5 = critical, ASN1:UTF8:x", "-out", "auth/clients/odd.req")
         for goal in "client-cert", "renew", "check":
@@ -599,6 +601,31 @@ class Hostile(Home):
         self.assertIn("laptop8.crt until", self.make("renew"))
         self.assertEqual(len(self.copies()), len(before) + 2)
 
+    def test_a_certificate_is_known_by_more_than_its_number_and_its_key(self):
+        der = ssl.PEM_cert_to_DER_cert(self.read(f"auth/test-ca/new_certs/{self.serials('laptop7')[0]}.pem"))
+        begin = der.index(b"\x17\x0d") + 2
+        with open(self.path("auth/clients/own1.crt"), "w") as file:
+            file.write(ssl.DER_cert_to_PEM_cert(der[:begin] + b"40" + der[begin + 2:]))
+        self.request("auth/clients/own1.req", "/CN=own1")
+        self.make("crl")
+        self.assertRegex(self.make("list"), r"own1 client \w+ not issued by this CA\n")
+        self.assertIn("auth/clients/own1.crt and its request differ: key\n", self.make("check", status=2))
+        with open(self.path("auth/clients/own1.crt"), "w") as file:
+            self.openssl("req", "-x509", "-key", "elsewhere.key", "-in", "auth/clients/own1.req", "-out", "forged")
+            file.write(self.read(LAPTOP7 + ".crt").replace("CERTIFICATE", "X509 CERTIFICATE") + self.read("forged"))
+        self.assertIn("auth/clients/own1.crt and its request differ: key\n", self.make("check", status=2))
+        self.make("client-cert", "NAME=own1")
+        self.verify("auth/clients/own1.crt", "-purpose", "sslclient")
+
+    def test_a_name_that_reads_otherwise_in_another_string_type(self):
+        with open(self.path("bmp.cnf"), "w") as file:
+            file.write("[req]\nstring_mask = MASK:2048\ndistinguished_name = empty\n[empty]\n")
+        self.openssl("req", "-config", "bmp.cnf", "-new", "-utf8", "-newkey", "rsa:2048", "-nodes", "-keyout", "elsewhere.key", "-subj", "/CN=\u626d\u7031",
+                     "-out", "auth/clients/bmp1.req")
+        with open(self.path("auth/clients/bmp1.req")) as file:
+            self.assertIn(b"\x1e\x04bmp1", ssl.PEM_cert_to_DER_cert(file.read().replace(" REQUEST", "")))
+        self.assertIn("auth/clients/bmp1.req cannot be read: ", self.make("client-cert", "NAME=bmp1", status=2))
+
     def test_a_clock_that_was_ahead_has_a_way_out(self):
         if not shutil.which("faketime"):
             self.skipTest("faketime is not installed")
@@ -675,10 +702,12 @@ class Hostile(Home):
             self.change(f"auth/test-ca/new_certs/{name}", lambda data: b"")
         self.assertIn("the CA is in use by auth/test-ca/new_certs/", self.make("clean", status=2))
 
-    def test_many_beginnings_of_a_certificate_are_read_once(self):
-        with open(self.path("auth/clients/many.crt"), "w") as file:
-            file.write("-----BEGIN CERTIFICATE-----\n" * 100000)
-        self.assertIn("many client auth/clients/many.crt cannot be read: make renew\n", self.make("list"))
+    def test_a_large_file_does_not_hold_up_the_rest(self):
+        block = "-----BEGIN CERTIFICATE-----\n"
+        for content in block * 100000, ssl.DER_cert_to_PEM_cert(b"\x05\x00" * 1500000):
+            with open(self.path("auth/clients/many.crt"), "w") as file:
+                file.write(content)
+            self.assertIn("many client auth/clients/many.crt cannot be read: make renew\n", self.make("list"))
 
 
 class Judged(Home):
