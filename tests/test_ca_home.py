@@ -404,9 +404,11 @@ class Machines(Home):
             self.assertFalse(os.path.exists(self.path(path + ".crt")))
         self.assertNotIn("web4", said)
         request("auth/clients/eve.req", "/CN=eve", "DNS:bank.internal", "DNS:\x1b[2K\rFor eve (eve")
-        self.assertIn("auth/clients/eve.req: DNS=\\x1b[2K\\rFor eve (eve: only letters, ", self.make("client-cert", "NAME=eve", status=2))
-        request("auth/clients/eve.req", "/CN=eve", "DNS:10.0.0.7", "email:eve@internal")
-        self.assertRegex(self.make("client-cert", "NAME=eve", status=2), "eve.req: (DNS:10.0.0.7|129:eve@internal): only names of machines and IP addresses|129=eve@")
+        self.assertIn("auth/clients/eve.req: name=\\x1b[2K\\rFor eve (eve: only letters, ", self.make("client-cert", "NAME=eve", status=2))
+        for name, says in [("DNS:10.0.0.7", "the name DNS:10.0.0.7 should be IP:10.0.0.7"),
+                           ("email:eve@internal", "name=eve@internal: only letters, digits and . : - _ are allowed")]:
+            request("auth/clients/eve.req", "/CN=eve", name)
+            self.assertEqual(self.make("client-cert", "NAME=eve", status=2).splitlines()[0], f"auth/clients/eve.req: {says}")
         self.openssl("req", "-config", "auth/test-ca.conf", "-new", "-newkey", "rsa:2048", "-nodes", "-keyout", "elsewhere.key", "-subj", "/CN=odd",
                      "-addext", "1.2.3.4.5 = critical, ASN1:UTF8:x", "-out", "auth/clients/odd.req")
         for goal in "client-cert", "renew", "check":
